@@ -1,0 +1,5 @@
+"""``python -m crishim``."""
+
+from crishim.cli.main import main
+
+main()

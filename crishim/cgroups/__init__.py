@@ -1,0 +1,1 @@
+"""Where the cgroups of pods and containers are and what they count."""

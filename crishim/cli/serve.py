@@ -1,0 +1,71 @@
+"""``crishim serve``: the daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import socket
+
+import click
+
+from crishim.cli.options import with_config
+from crishim.config.settings import Config
+from crishim.cri import node as nodes
+from crishim.cri.server import listen, server
+from crishim.observe import log, metrics
+
+_log = logging.getLogger(__name__)
+
+GRACE_SECONDS = 30.0
+
+
+@click.command()
+@with_config
+def serve(settings: Config) -> None:
+    """Serve the CRI until SIGTERM. Containers go on running without the daemon."""
+    log.set_up(settings.log)
+    asyncio.run(_serve(settings))
+
+
+async def _serve(settings: Config) -> None:
+    node = nodes.build(settings)
+    try:
+        await nodes.start(node)
+        made = server(node)
+        address = listen(made, settings.api)
+        if settings.metrics.listen:
+            metrics.serve(settings.metrics.listen)
+        await made.start()
+        gc.collect()
+        gc.freeze()  # what start-up made stays: later collections need not look at it
+        click.echo(f"serving CRI v1 on {address}")
+        notify("READY=1")
+        await _signalled()
+        notify("STOPPING=1")
+        _log.info("finishing the calls under way")
+        await made.stop(GRACE_SECONDS)
+    finally:
+        await nodes.stop(node)
+
+
+async def _signalled() -> None:
+    loop = asyncio.get_running_loop()
+    asked = asyncio.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, asked.set)
+    await asked.wait()
+
+
+def notify(message: str) -> None:
+    """Tell systemd, if it asked to be told: sd_notify(3)."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.sendto(message.encode(), "\0" + address[1:] if address[0] == "@" else address)
+        except OSError as err:
+            _log.warning("cannot notify systemd: %s", err.strerror)

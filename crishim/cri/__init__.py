@@ -1,0 +1,1 @@
+"""The gRPC door: protobuf in, domain call, protobuf out."""

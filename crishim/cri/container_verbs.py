@@ -1,0 +1,183 @@
+"""Calls about containers."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+
+from crishim.containers import lifecycle
+from crishim.containers.create import create, log_path
+from crishim.containers.exec import exec_sync
+from crishim.containers.table import Container, ContainerFilter, shown_state
+from crishim.cri.api import api_pb2 as pb
+from crishim.cri.node import Node, Verb
+from crishim.cri.translate import from_proto, to_proto
+from crishim.errors import InvalidArgument
+from crishim.model import signals
+from crishim.model.cri import ContainerConfig
+from crishim.model.records import ContainerRecord, ContainerState, container_name
+
+_STATES = {
+    ContainerState.CREATED: pb.CONTAINER_CREATED,
+    ContainerState.RUNNING: pb.CONTAINER_RUNNING,
+    ContainerState.EXITED: pb.CONTAINER_EXITED,
+}
+_FROM_PROTO = {number: state for state, number in _STATES.items()}
+
+
+async def create_container(node: Node, request: pb.CreateContainerRequest) -> pb.CreateContainerResponse:
+    """Create in a sandbox; a retry after a caller left gets the result of the first call."""
+    if not request.HasField("config"):
+        raise InvalidArgument("config is missing")
+    config = from_proto(request.config, ContainerConfig)
+    if config.metadata is None:
+        raise InvalidArgument("config.metadata is missing")
+    sandbox = node.pods.table.get(_id(request.pod_sandbox_id, "pod_sandbox_id"))
+    room = node.containers
+    name = container_name(sandbox.record.id, config)
+    made = room.undelivered.get(name, "")
+    if not (made and room.table.find(made)):
+        made = await room.operations.join(("create", name), lambda: create(room, sandbox.record, config))
+    room.undelivered.pop(name, None)
+    return pb.CreateContainerResponse(container_id=made)
+
+
+async def start_container(node: Node, request: pb.StartContainerRequest) -> pb.StartContainerResponse:
+    """Run a created container."""
+    container = node.containers.table.get(_id(request.container_id))
+    key = ("start", container.record.id)
+    await node.containers.operations.join(key, lambda: lifecycle.start(node.containers, container))
+    return pb.StartContainerResponse()
+
+
+async def stop_container(node: Node, request: pb.StopContainerRequest) -> pb.StopContainerResponse:
+    """End a container within ``timeout`` seconds; one that is unknown or has ended is fine."""
+    if request.timeout < 0:
+        raise InvalidArgument(f"timeout {request.timeout} is negative")
+    container = node.containers.table.find(_id(request.container_id))
+    if container is not None:
+        await lifecycle.stop(node.containers, container, float(request.timeout))
+    return pb.StopContainerResponse()
+
+
+async def remove_container(node: Node, request: pb.RemoveContainerRequest) -> pb.RemoveContainerResponse:
+    """Remove, killing what runs; one that is unknown is fine."""
+    container = node.containers.table.find(_id(request.container_id))
+    if container is not None:
+        await lifecycle.remove(node.containers, container)
+    return pb.RemoveContainerResponse()
+
+
+async def container_status(node: Node, request: pb.ContainerStatusRequest) -> pb.ContainerStatusResponse:
+    """One container."""
+    container = node.containers.table.get(_id(request.container_id))
+    info = await asyncio.to_thread(_info, node, container) if request.verbose else {}
+    return pb.ContainerStatusResponse(status=status_of(node, container.record), info=info)
+
+
+async def list_containers(node: Node, request: pb.ListContainersRequest) -> pb.ListContainersResponse:
+    """All that match, from memory."""
+    given = request.filter
+    wanted = ContainerFilter(
+        id=given.id,
+        sandbox_id=given.pod_sandbox_id,
+        state=_FROM_PROTO.get(given.state.state, ContainerState.CREATING) if given.HasField("state") else None,
+        labels=dict(given.label_selector),
+    )
+    return pb.ListContainersResponse(containers=[_item(record) for record in node.containers.table.select(wanted)])
+
+
+async def exec_in_container(node: Node, request: pb.ExecSyncRequest) -> pb.ExecSyncResponse:
+    """Run a command to its end."""
+    container = node.containers.table.get(_id(request.container_id))
+    result = await exec_sync(node.containers, container, list(request.cmd), float(request.timeout))
+    return pb.ExecSyncResponse(stdout=result.stdout, stderr=result.stderr, exit_code=result.exit_code)
+
+
+def _id(given: str, field: str = "container_id") -> str:
+    if not given:
+        raise InvalidArgument(f"{field} is empty")
+    return given
+
+
+def _image(record: ContainerRecord) -> pb.ImageSpec:
+    assert record.config.image is not None
+    return to_proto(record.config.image, pb.ImageSpec)
+
+
+def _item(record: ContainerRecord) -> pb.Container:
+    assert record.config.metadata is not None
+    return pb.Container(
+        id=record.id,
+        pod_sandbox_id=record.sandbox_id,
+        metadata=to_proto(record.config.metadata, pb.ContainerMetadata),
+        image=_image(record),
+        image_ref=record.image_ref,
+        image_id=record.image_id,
+        state=_STATES[shown_state(record)],
+        created_at=record.created_at,
+        labels=record.config.labels,
+        annotations=record.config.annotations,
+    )
+
+
+def status_of(node: Node, record: ContainerRecord) -> pb.ContainerStatus:
+    """The status message of a container."""
+    assert record.config.metadata is not None
+    linux = record.config.linux
+    sandbox = node.pods.table.find(record.sandbox_id)
+    log = log_path(sandbox.record, record.config) if sandbox else None
+    status = pb.ContainerStatus(
+        id=record.id,
+        metadata=to_proto(record.config.metadata, pb.ContainerMetadata),
+        state=_STATES[shown_state(record)],
+        created_at=record.created_at,
+        started_at=record.started_at,
+        finished_at=record.finished_at,
+        exit_code=record.exit_code,
+        image=_image(record),
+        image_ref=record.image_ref,
+        image_id=record.image_id,
+        reason=record.reason,
+        message=record.message,
+        labels=record.config.labels,
+        annotations=record.config.annotations,
+        mounts=[to_proto(mount, pb.Mount) for mount in record.mounts],
+        log_path=str(log or ""),
+        user=pb.ContainerUser(linux=to_proto(record.user, pb.LinuxContainerUser)),
+        stop_signal=signals.to_cri(record.stop_signal),  # type: ignore[arg-type]
+    )
+    if linux is not None and linux.resources is not None:
+        status.resources.linux.CopyFrom(to_proto(linux.resources, pb.LinuxContainerResources))
+    return status
+
+
+def _info(node: Node, container: Container) -> dict[str, str]:
+    """What ``crictl inspect`` shows; blocks."""
+    record = container.record
+    spec_file = node.containers.paths.bundle(record.id) / "config.json"
+    linux = record.config.linux
+    security = linux.security_context if linux else None
+    running = record.state is ContainerState.RUNNING and record.process is not None
+    info = {
+        "pid": record.process.pid if running and record.process else 0,
+        "sandboxID": record.sandbox_id,
+        "privileged": bool(security and security.privileged),
+        "runtimeHandler": record.handler or node.containers.handlers.default,
+        "runtimeSpec": msgspec.json.decode(spec_file.read_bytes()) if spec_file.exists() else None,
+        "config": msgspec.to_builtins(record.config),
+        "timeline": container.timeline.as_json(),
+    }
+    return {"info": msgspec.json.encode(info).decode()}
+
+
+VERBS: dict[str, Verb] = {
+    "CreateContainer": create_container,
+    "StartContainer": start_container,
+    "StopContainer": stop_container,
+    "RemoveContainer": remove_container,
+    "ContainerStatus": container_status,
+    "ListContainers": list_containers,
+    "ExecSync": exec_in_container,
+}

@@ -1,0 +1,1 @@
+"""The only place that starts processes, calls libc, mounts and sets namespaces."""

@@ -1,0 +1,1 @@
+"""Images: references, registries, pulls, the image index."""

@@ -1,0 +1,191 @@
+"""Pulls an image: finds its manifest, unpacks the layers it lacks in parallel, records it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from crishim.config.settings import ImageSettings
+from crishim.errors import CrishimError, NotFound, PermissionDenied, RegistryUnavailable
+from crishim.images import auth, manifest
+from crishim.images.auth import ANONYMOUS, AuthConfig, Credentials
+from crishim.images.manifest import ConfigFile, Descriptor, Manifest
+from crishim.images.policy import Policy
+from crishim.images.reference import Reference
+from crishim.images.registries import Registries
+from crishim.images.registry import Repository
+from crishim.images.store import ImageStore
+from crishim.layers.store import LayerStore, chain_ids
+from crishim.model.records import ImageConfig, ImageRecord
+from crishim.observe.timeline import step
+from crishim.state.operations import Operations
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """An image as a registry has it, verified down to its config."""
+
+    reference: Reference
+    repository: Repository
+    digests: list[str]
+    manifest: Manifest
+    config: ConfigFile
+
+
+class Puller:
+    """Pulls images; concurrent pulls of the same image or layer share the work."""
+
+    def __init__(self, settings: ImageSettings, images: ImageStore, layers: LayerStore, operations: Operations) -> None:
+        self._settings = settings
+        self._images = images
+        self._layers = layers
+        self._operations = operations
+        self._registries = Registries(Path(settings.registries_conf))
+        self._policy = Policy(settings)
+        self._budget = asyncio.Semaphore(settings.parallel_layers)
+        self._threads = ThreadPoolExecutor(8, thread_name_prefix="crishim-registry")
+
+    async def pull(self, text: str, given: AuthConfig) -> ImageRecord:
+        """Pull ``text``; the result is the image's record."""
+        candidates = self._registries.candidates(text)
+        failure: CrishimError | None = None
+        for reference in candidates:
+            self._policy.check(reference)
+            key = ("pull", str(reference), given)
+            try:
+                return await self._operations.join(key, partial(self._pull, reference, given))
+            except (NotFound, RegistryUnavailable, PermissionDenied) as err:
+                failure = failure or err
+        assert failure is not None
+        raise failure
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown(cancel_futures=True)
+
+    async def _pull(self, reference: Reference, given: AuthConfig) -> ImageRecord:
+        with step(f"resolve {reference}"):
+            found = await self._resolve(reference, given)
+        try:
+            diff_ids = found.config.rootfs.diff_ids
+            chain = chain_ids(diff_ids)
+            with self._layers.pinned(chain):
+                try:
+                    await self._fetch_layers(found, chain)
+                    return await self._record(found, chain)
+                finally:
+                    found.repository.close()
+        finally:
+            await self._images.collect()
+
+    async def _record(self, found: Resolved, chain: list[str]) -> ImageRecord:
+        layers = [self._layers.get(chain_id) for chain_id in chain]
+        record = ImageRecord(
+            id=found.manifest.config.digest,
+            chain_id=chain[-1] if chain else "",
+            layers=chain,
+            size=sum(layer.size for layer in layers if layer),
+            config=found.config.config or ImageConfig(),
+        )
+        _log.info("pulled %s as %s", found.reference, record.id)
+        return await self._images.add(record, found.reference, found.digests)
+
+    async def _resolve(self, reference: Reference, given: AuthConfig) -> Resolved:
+        """Try the endpoints in order; the last one's error counts, since it is the registry itself."""
+        failure: CrishimError | None = None
+        for endpoint in self._registries.endpoints(reference):
+            repository = Repository(
+                endpoint,
+                self._credentials(reference, given),
+                Path(self._settings.certs_dir),
+                self._settings.stall_seconds,
+            )
+            try:
+                return await self._in_thread(partial(_resolve, repository, reference))
+            except CrishimError as err:
+                _log.info("%s at %s: %s", reference, endpoint.host, err)
+                repository.close()
+                failure = err
+        assert failure is not None
+        raise failure
+
+    def _credentials(self, reference: Reference, given: AuthConfig) -> Credentials:
+        found = given.credentials(reference)
+        if found is None and self._settings.auth_file:
+            found = auth.from_file(Path(self._settings.auth_file), reference)
+        return found or ANONYMOUS
+
+    async def _fetch_layers(self, found: Resolved, chain: list[str]) -> None:
+        """Bring every missing layer; the first failure stops the others."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for position, layer in enumerate(found.manifest.layers):
+                    if self._layers.get(chain[position]) is None:
+                        group.create_task(self._layer(found, chain[: position + 1], layer))
+        except BaseExceptionGroup as failures:
+            raise _first(failures) from None
+
+    async def _layer(self, found: Resolved, chain: list[str], descriptor: Descriptor) -> None:
+        key = ("layer", chain[-1])
+        await self._operations.join(key, lambda: self._fetch_layer(found, chain, descriptor), abandon=True)
+
+    async def _fetch_layer(self, found: Resolved, chain: list[str], descriptor: Descriptor) -> None:
+        diff_id = found.config.rootfs.diff_ids[len(chain) - 1]
+        with self._layers.pinned(chain):
+            if self._layers.get(chain[-1]) is not None:
+                return
+            async with self._budget:
+                number, report = await self._layers.ingest(
+                    chain[-1], diff_id, lambda fd: found.repository.blob(descriptor, fd)
+                )
+            try:
+                await self._below(chain)
+            except BaseException:
+                await self._layers.discard(number)
+                raise
+            await self._layers.commit(chain, diff_id, number, report)
+
+    async def _below(self, chain: list[str]) -> None:
+        """Wait until the layer below is committed."""
+        if len(chain) > 1 and self._layers.get(chain[-2]) is None:
+
+            async def gone() -> None:
+                if self._layers.get(chain[-2]) is None:
+                    raise RegistryUnavailable(f"layer {chain[-2]} below could not be pulled")
+
+            await self._operations.join(("layer", chain[-2]), gone)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def _resolve(repository: Repository, reference: Reference) -> Resolved:
+    """Blocking: manifest, the platform's manifest where it is an index, config."""
+    top = repository.manifest(reference.target)
+    digests = [reference.with_digest(top.digest)]
+    document = top
+    if manifest.is_index(document):
+        chosen = manifest.choose(document)
+        document = repository.manifest(chosen.digest)
+        if manifest.is_index(document):
+            raise NotFound(f"image {reference} is an index of indexes, which no platform can be chosen from")
+        digests.append(reference.with_digest(document.digest))
+    parsed = manifest.read_manifest(document)
+    config = manifest.read_config(repository.document(parsed.config, "config"), parsed)
+    return Resolved(reference, repository, digests, parsed, config)
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first failure that is not just another's consequence."""
+    flat = [err for err in group.exceptions if not isinstance(err, BaseExceptionGroup)]
+    nested = [_first(err) for err in group.exceptions if isinstance(err, BaseExceptionGroup)]
+    return [*flat, *nested][0]

@@ -1,0 +1,1 @@
+"""Layers: the store, the unpack worker, overlay mounts."""

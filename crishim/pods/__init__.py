@@ -1,0 +1,1 @@
+"""Sandboxes: lifecycle, namespaces, network."""

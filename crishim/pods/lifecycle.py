@@ -1,0 +1,180 @@
+"""What happens to a sandbox after it was made: stop, removal, the end of its holder, recovery."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from functools import partial
+
+import msgspec
+
+from crishim.containers import lifecycle as containers
+from crishim.errors import ConfigError, CrishimError
+from crishim.host import namespaces
+from crishim.host.files import remove_tree
+from crishim.host.mounts import unmount
+from crishim.host.pidfd import ProcessHandle
+from crishim.model.records import SandboxRecord, SandboxState, sandbox_name
+from crishim.observe.timeline import step
+from crishim.pods import network
+from crishim.pods.room import Room
+from crishim.pods.table import Sandbox
+
+_log = logging.getLogger(__name__)
+
+STOP_CONTAINER_SECONDS = 2.0
+"""Grace for containers that still run when their pod is stopped: the kubelet has stopped them before."""
+
+
+async def stop(room: Room, sandbox: Sandbox) -> None:
+    """Stop the sandbox and its containers; one that is stopped is fine."""
+    await room.containers.operations.join(("stop pod", sandbox.record.id), lambda: _stop(room, sandbox))
+
+
+async def _stop(room: Room, sandbox: Sandbox) -> None:
+    with sandbox.timeline.recording():
+        await _stop_containers(room, sandbox)
+        async with sandbox.lock:
+            if sandbox.record.state is SandboxState.READY:
+                await _save(room, sandbox, msgspec.structs.replace(sandbox.record, state=SandboxState.NOTREADY))
+            await _release(room, sandbox)
+
+
+async def _stop_containers(room: Room, sandbox: Sandbox) -> None:
+    """All at once; every one is tried, then the first failure is raised."""
+    running = room.containers.table.of_sandbox(sandbox.record.id)
+    results = await asyncio.gather(
+        *(containers.stop(room.containers, container, STOP_CONTAINER_SECONDS) for container in running),
+        return_exceptions=True,
+    )
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+
+
+async def _release(room: Room, sandbox: Sandbox) -> None:
+    """Give back the network, then the rest. A network that does not let go is kept on record and tried again."""
+    await _detach(room, sandbox)
+    await asyncio.to_thread(_release_files, room, sandbox.record)
+
+
+async def _detach(room: Room, sandbox: Sandbox) -> None:
+    record = sandbox.record
+    if record.network is None or not record.network.config:
+        return
+    with step("pod network"):
+        await network.detach(room.networks, room.containers.paths, record)
+    released = msgspec.structs.replace(record.network, config="", result="")
+    await _save(room, sandbox, msgspec.structs.replace(record, network=released))
+
+
+async def _save(room: Room, sandbox: Sandbox, record: SandboxRecord) -> None:
+    await room.containers.store.save_sandbox(record)
+    sandbox.record = record
+
+
+def _release_files(room: Room, record: SandboxRecord) -> None:
+    """Blocking: the holder, namespaces, shared memory. Containers hold what they still use."""
+    paths = room.containers.paths
+    _kill_holder(record)
+    namespaces.remove(paths.namespaces(record.id))
+    unmount(paths.shm(record.id))
+
+
+def _kill_holder(record: SandboxRecord) -> None:
+    holder = ProcessHandle.open(record.holder.pid, record.holder.started) if record.holder else None
+    if holder is not None:
+        holder.send(signal.SIGKILL)
+        holder.close()
+
+
+async def tear_down(room: Room, record: SandboxRecord) -> None:
+    """Remove everything that is the sandbox's but its row; repeating it is harmless."""
+    failure: CrishimError | None = None
+    try:
+        if record.network is not None and record.network.config:
+            await network.detach(room.networks, room.containers.paths, record)
+    except CrishimError as err:
+        failure = err
+    await asyncio.to_thread(_remove_files, room, record)
+    if failure is not None:
+        raise failure
+
+
+def _remove_files(room: Room, record: SandboxRecord) -> None:
+    _release_files(room, record)
+    remove_tree(room.containers.paths.sandbox(record.id))
+    cgroups = room.containers.cgroups
+    if record.cgroup_parent == cgroups.default_parent(record.id) and not cgroups.systemd:
+        cgroups.remove(record.cgroup_parent)
+
+
+async def remove(room: Room, sandbox: Sandbox) -> None:
+    """Remove the sandbox with all its containers, stopping what runs."""
+    await room.containers.operations.join(("remove pod", sandbox.record.id), lambda: _remove(room, sandbox))
+
+
+async def _remove(room: Room, sandbox: Sandbox) -> None:
+    await stop(room, sandbox)
+    for container in room.containers.table.of_sandbox(sandbox.record.id):
+        await containers.remove(room.containers, container)
+    async with sandbox.lock:
+        await _save(room, sandbox, msgspec.structs.replace(sandbox.record, state=SandboxState.REMOVING))
+        await tear_down(room, sandbox.record)
+        await room.containers.store.drop_sandbox(sandbox.record.id)
+        room.table.drop(sandbox.record.id)
+        room.undelivered.pop(sandbox_name(sandbox.record.config), None)
+
+
+def watch(room: Room, sandbox: Sandbox) -> None:
+    """A sandbox whose PID namespace dies is not ready any more."""
+    holder = sandbox.record.holder
+    if holder is None:
+        return
+    handle = ProcessHandle.open(holder.pid, holder.started)
+
+    async def body() -> None:
+        if handle is not None:
+            try:
+                await handle.wait()
+            finally:
+                handle.reap()
+                handle.close()
+        async with sandbox.lock:
+            if sandbox.record.state is SandboxState.READY:
+                _log.warning("pod sandbox %s has lost its PID namespace", sandbox.record.id)
+                await _save(room, sandbox, msgspec.structs.replace(sandbox.record, state=SandboxState.NOTREADY))
+
+    sandbox.watcher = asyncio.create_task(body(), name=f"watch {sandbox.record.id}")
+
+
+async def recover(room: Room, record: SandboxRecord) -> None:
+    """Take up a sandbox that an earlier daemon left in the database."""
+    sandbox = Sandbox(record)
+    room.table.add(sandbox)
+    if record.state in (SandboxState.CREATING, SandboxState.REMOVING):
+        room.containers.operations.spawn(("remove pod", record.id), lambda: _finish_removal(room, sandbox))
+    elif record.state is SandboxState.READY:
+        if record.boot_id != room.containers.facts.boot_id or not _is_whole(room, record):
+            await _save(room, sandbox, msgspec.structs.replace(record, state=SandboxState.NOTREADY))
+        else:
+            watch(room, sandbox)
+
+
+def _is_whole(room: Room, record: SandboxRecord) -> bool:
+    return record.host_network or network.is_pinned(room.containers.paths.namespaces(record.id) / "net")
+
+
+async def _finish_removal(room: Room, sandbox: Sandbox) -> None:
+    for container in room.containers.table.of_sandbox(sandbox.record.id):
+        await room.containers.operations.join(
+            ("remove", container.record.id), partial(containers.discard, room.containers, container)
+        )
+    try:
+        await tear_down(room, sandbox.record)
+    except (CrishimError, ConfigError) as err:
+        _log.warning("cannot finish the removal of pod sandbox %s: %s", sandbox.record.id, err)
+        return
+    await room.containers.store.drop_sandbox(sandbox.record.id)
+    room.table.drop(sandbox.record.id)

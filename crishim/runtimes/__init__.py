@@ -1,0 +1,1 @@
+"""OCI runtimes (runc, crun) under conmon."""

@@ -1,0 +1,1 @@
+"""The OCI runtime spec as typed values and the pure functions that make it."""

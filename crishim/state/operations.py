@@ -1,0 +1,77 @@
+"""Operations that belong to the node: a caller that goes away does not stop one, a retry joins it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Any, TypeVar, cast
+
+from crishim.observe.metrics import OPERATIONS
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+
+class Operations:
+    """All operations under way, each known by a key."""
+
+    def __init__(self) -> None:
+        self._running: dict[Hashable, asyncio.Task[Any]] = {}
+        self._waiting: Counter[Hashable] = Counter()
+
+    async def join(self, key: Hashable, start: Callable[[], Awaitable[T]], *, abandon: bool = False) -> T:
+        """The result of the operation ``key``: of the one under way, else of a new one.
+
+        Cancelling the caller leaves the operation running. With ``abandon`` the last caller to be cancelled
+        stops it and waits for its clean-up: for work that is only a part of other operations. Who comes
+        during that clean-up does not join it, but starts anew after it.
+        """
+        while (task := self._running.get(key)) is not None and task.cancelling():
+            await asyncio.wait([task])
+        task = task or self.spawn(key, start)
+        self._waiting[key] += 1
+        try:
+            return cast(T, await asyncio.shield(task))
+        except asyncio.CancelledError:
+            if abandon and self._waiting[key] == 1 and not task.done():
+                task.cancel()
+                await asyncio.wait([task])
+            raise
+        finally:
+            self._waiting[key] -= 1
+            if not self._waiting[key]:
+                del self._waiting[key]
+
+    def spawn(self, key: Hashable, start: Callable[[], Awaitable[T]]) -> asyncio.Task[T]:
+        """Start the operation ``key`` without waiting for it; it must not be under way."""
+
+        async def body() -> T:
+            with OPERATIONS.track_inprogress():
+                return await start()
+
+        task = asyncio.create_task(body(), name=f"operation {key}", context=contextvars.copy_context())
+        self._running[key] = task
+        task.add_done_callback(lambda done: self._finish(key, done))
+        return task
+
+    def count(self) -> int:
+        """How many operations are under way."""
+        return len(self._running)
+
+    def under_way(self, key: Hashable) -> bool:
+        """Whether ``key`` is being done now."""
+        return key in self._running
+
+    async def settle(self) -> None:
+        """Wait until nothing is under way, including what is started meanwhile."""
+        while self._running:
+            await asyncio.wait(list(self._running.values()))
+
+    def _finish(self, key: Hashable, task: asyncio.Task[Any]) -> None:
+        if self._running.get(key) is task:
+            del self._running[key]
+        if not task.cancelled() and task.exception() is not None:
+            _log.debug("operation %s failed: %s", key, task.exception())
