@@ -97,8 +97,7 @@ class Networks:
             timeout=self._settings.plugin_timeout,
         )
         with step(f"cni {command.lower()} {kind}"):
-            done = await process.run(call)
-        return _answer(command, kind, done, self._settings.plugin_timeout)
+            return _answer(command, kind, await process.run(call), self._settings.plugin_timeout)
 
 
 def _answer(command: str, kind: str, done: process.Completed, timeout: float) -> Any:

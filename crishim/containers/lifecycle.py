@@ -144,13 +144,8 @@ async def tear_down(room: Room, record: ContainerRecord) -> None:
 
 
 def _remove_files(room: Room, record: ContainerRecord) -> None:
-    bundle = room.paths.bundle(record.id)
-    attach = bundle / "attach"
-    with contextlib.suppress(OSError):
-        if attach.is_symlink():
-            os.unlink(os.readlink(attach))
     for path in (
-        bundle,
+        room.paths.bundle(record.id),
         room.paths.writable / record.id,
         room.paths.exits / record.id,
         room.paths.attach / record.id,

@@ -52,6 +52,7 @@ def sweep(room: Room, containers: set[str], sandboxes: set[str]) -> None:
         (paths.containers, containers),
         (paths.writable, containers),
         (paths.exits, containers),
+        (paths.attach, containers),
         (paths.sandboxes, sandboxes),
     ):
         for entry in folder.iterdir():

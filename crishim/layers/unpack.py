@@ -341,7 +341,7 @@ class Unpacker:
 def clean(raw: bytes) -> bytes:
     """A member's name relative to the root, without ``.``, ``..`` and double slashes; escapes are refused."""
     name = raw
-    if name.startswith(b"/") or b"//" in name or b"." in name or name.endswith(b"/"):
+    if name.startswith((b"/", b".")) or b"//" in name or b"/." in name or name.endswith(b"/"):
         name = posixpath.normpath(b"/" + name.lstrip(b"/")).lstrip(b"/")
         if b".." in raw:
             _refuse_escape(raw)

@@ -37,6 +37,7 @@ from crishim.layers.unpack import NodeFault, Summary, Unpacker, UnpackError
 _READ = 1 << 20
 _FIRST_READ = 1 << 12  # of a gzip member: there may be thousands of small ones
 _PIECE = 1 << 20
+_BATCH = 1 << 17  # smaller pieces are passed on together: each costs a change of thread
 _AHEAD = 8  # pieces inflated ahead of the writer: bounds memory to a few MiB
 _MAX_REPORT = 32 << 20
 _CAP_CHOWN, _CAP_DAC_OVERRIDE, _CAP_FOWNER, _CAP_FSETID = 0, 1, 3, 4
@@ -45,6 +46,7 @@ _KEPT = sum(1 << cap for cap in (_CAP_CHOWN, _CAP_DAC_OVERRIDE, _CAP_FOWNER, _CA
 _PR_SET_KEEPCAPS = 8
 _NOBODY_ELSE = 0xFFFFFFF0  # not 65534, which other processes have
 _ZEROS = re.compile(rb"\0*")
+_IsalError: type[Exception] = isal_zlib.error  # type: ignore[assignment]  # its stub has an instance there
 _ISAL_CODE = re.compile(r"^Error -?\d+ ")
 
 
@@ -185,6 +187,8 @@ class Pipeline:
         self._to_hash: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._room = threading.Semaphore(_AHEAD)
         self._hash_room = threading.Semaphore(_AHEAD)
+        self._held: list[bytes] = []
+        self._held_bytes = 0
         self._fault: BaseException | None = None
         self._inflater = threading.Thread(target=self._guard(self._inflate), daemon=True)
         self._hasher = threading.Thread(target=self._hash_all, daemon=True)
@@ -234,10 +238,19 @@ class Pipeline:
         self.produced += len(piece)
         if self.produced > self._max:
             raise LayerFault(f"the layer unpacks to more than {self._max} bytes")
-        self._room.acquire()
-        self._hash_room.acquire()
-        self._to_writer.put(piece)
-        self._to_hash.put(piece)
+        self._held.append(piece)
+        self._held_bytes += len(piece)
+        if self._held_bytes >= _BATCH:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        piece = b"".join(self._held)
+        self._held, self._held_bytes = [], 0
+        if piece:
+            self._room.acquire()
+            self._hash_room.acquire()
+            self._to_writer.put(piece)
+            self._to_hash.put(piece)
 
     def _inflate(self) -> None:
         head = _read_some(self._data, tar.BLOCK)
@@ -247,6 +260,7 @@ class Pipeline:
             self._copy(head)
         else:
             raise LayerFault("the layer is neither gzip nor a tar archive")
+        self._pass_on()
 
     def _copy(self, head: bytes) -> None:
         chunk = head
@@ -288,7 +302,7 @@ class Pipeline:
                 if not piece:
                     break
                 self._emit(piece)
-        except isal_zlib.error as err:
+        except _IsalError as err:
             raise LayerFault(f"the layer's gzip stream is broken: {_ISAL_CODE.sub('', str(err)).lower()}") from err
         return len(inflater.unused_data) if inflater.eof else 0
 

@@ -26,6 +26,8 @@ _log = logging.getLogger(__name__)
 STOP_CONTAINER_SECONDS = 2.0
 """Grace for containers that still run when their pod is stopped: the kubelet has stopped them before."""
 
+_DETACH_DELAYS = (1.0, 5.0, 30.0)
+
 
 async def stop(room: Room, sandbox: Sandbox) -> None:
     """Stop the sandbox and its containers; one that is stopped is fine."""
@@ -100,6 +102,17 @@ async def tear_down(room: Room, record: SandboxRecord) -> None:
     await asyncio.to_thread(_remove_files, room, record)
     if failure is not None:
         raise failure
+
+
+async def detach_later(room: Room, record: SandboxRecord) -> None:
+    """Try a failed DEL of a sandbox that is gone again, a few times: its daemon may come back."""
+    for delay in _DETACH_DELAYS:
+        await asyncio.sleep(delay)
+        try:
+            await network.detach(room.networks, room.containers.paths, record)
+            return
+        except CrishimError as err:
+            _log.warning("the network of the failed pod sandbox %s is not released: %s", record.id, err)
 
 
 def _remove_files(room: Room, record: SandboxRecord) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from crishim.errors import AlreadyExists, HostFailure
+from crishim.errors import AlreadyExists, CrishimError, HostFailure
 from crishim.host.holder import Holder
 from crishim.host.mounts import Tmpfs, mount
 from crishim.host.namespaces import NamespaceKind, NamespaceSet, create
@@ -21,7 +21,7 @@ from crishim.model.records import ProcessRecord, SandboxRecord, SandboxState, sa
 from crishim.observe.timeline import step
 from crishim.pods import files, network
 from crishim.pods.check import check
-from crishim.pods.lifecycle import tear_down, watch
+from crishim.pods.lifecycle import detach_later, tear_down, watch
 from crishim.pods.room import Room
 from crishim.pods.table import Sandbox
 
@@ -143,17 +143,14 @@ def _make_log_directory(path: Path) -> None:
 
 
 async def _undo(room: Room, sandbox: Sandbox, err: BaseException) -> None:
-    """Nothing of a failed sandbox stays; what cannot be undone now is kept as a row and tried again."""
+    """Nothing of a failed sandbox stays; a network that does not let go is tried again behind the scenes."""
+    record = sandbox.record
     try:
-        await tear_down(room, sandbox.record)
+        await tear_down(room, record)
     except Exception as failure:
-        _log.warning("cannot clean up after pod sandbox %s: %s", sandbox.record.id, failure)
+        _log.warning("cannot clean up after pod sandbox %s: %s", record.id, failure)
         err.add_note(f"cleaning up failed too: {failure}")
-        try:
-            sandbox.record = msgspec.structs.replace(sandbox.record, state=SandboxState.REMOVING)
-            await room.containers.store.save_sandbox(sandbox.record)
-        except Exception:
-            _log.exception("cannot record the failed pod sandbox %s", sandbox.record.id)
-        return
-    await room.containers.store.drop_sandbox(sandbox.record.id)
-    room.table.drop(sandbox.record.id)
+        if isinstance(failure, CrishimError):
+            room.containers.operations.spawn(("detach", record.id), lambda: detach_later(room, record))
+    await room.containers.store.drop_sandbox(record.id)
+    room.table.drop(record.id)

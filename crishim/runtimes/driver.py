@@ -120,7 +120,7 @@ class _Exec:
         self._pid = int(self._pid_file.read_text())
         self._pidfd = os.pidfd_open(self._pid)
         await wait_readable(self._pidfd)
-        ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+        ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)  # noqa: ASYNC222 - it has ended
         assert ended is not None
         self._pid = 0
         return ended.si_status if ended.si_code == os.CLD_EXITED else 128 + ended.si_status
@@ -137,7 +137,7 @@ class _Exec:
                 else:
                     os.kill(self._pid, signal.SIGKILL)
             with contextlib.suppress(ChildProcessError):
-                os.waitid(os.P_PID, self._pid, os.WEXITED)  # noqa: ASYNC222 - it has had SIGKILL
+                os.waitid(os.P_PID, self._pid, os.WEXITED)  # at once: it has had SIGKILL
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1

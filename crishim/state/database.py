@@ -145,7 +145,8 @@ def _set_up(connection: sqlite3.Connection, path: Path) -> None:
     connection.execute("PRAGMA journal_mode=WAL")  # from here on the file may change
     connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA foreign_keys=ON")
-    connection.execute("BEGIN IMMEDIATE")  # a file that cannot be written is found now, not at the first pod
+    connection.execute("BEGIN IMMEDIATE")
+    connection.execute(f"PRAGMA user_version={version}")  # a read-only file is found now, not at the first pod
     connection.execute("ROLLBACK")
     for number in range(version, len(MIGRATIONS)):
         _log.info("migrating the database to version %d", number + 1)
