@@ -67,6 +67,9 @@ class ContainerTable:
     def __init__(self) -> None:
         self._items: dict[str, Container] = {}
 
+    def __len__(self) -> int:
+        return len(self._items)
+
     def add(self, container: Container) -> None:
         """Enter a container."""
         self._items[container.record.id] = container

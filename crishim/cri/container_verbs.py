@@ -9,21 +9,16 @@ import msgspec
 from crishim.containers import lifecycle
 from crishim.containers.create import create, log_path
 from crishim.containers.exec import exec_sync
-from crishim.containers.table import Container, ContainerFilter, shown_state
+from crishim.containers.table import Container, ContainerFilter
+from crishim.cri import messages
 from crishim.cri.api import api_pb2 as pb
 from crishim.cri.node import Node, Verb
-from crishim.cri.translate import from_proto, to_proto
+from crishim.cri.translate import from_proto
 from crishim.errors import InvalidArgument
-from crishim.model import signals
 from crishim.model.cri import ContainerConfig
 from crishim.model.records import ContainerRecord, ContainerState, container_name
 
-_STATES = {
-    ContainerState.CREATED: pb.CONTAINER_CREATED,
-    ContainerState.RUNNING: pb.CONTAINER_RUNNING,
-    ContainerState.EXITED: pb.CONTAINER_EXITED,
-}
-_FROM_PROTO = {number: state for state, number in _STATES.items()}
+_FROM_PROTO = {number: state for state, number in messages.CONTAINER_STATES.items()}
 
 
 async def create_container(node: Node, request: pb.CreateContainerRequest) -> pb.CreateContainerResponse:
@@ -85,7 +80,9 @@ async def list_containers(node: Node, request: pb.ListContainersRequest) -> pb.L
         state=_FROM_PROTO.get(given.state.state, ContainerState.CREATING) if given.HasField("state") else None,
         labels=dict(given.label_selector),
     )
-    return pb.ListContainersResponse(containers=[_item(record) for record in node.containers.table.select(wanted)])
+    found = node.containers.table.select(wanted)
+    node.container_items.prune(len(node.containers.table))
+    return pb.ListContainersResponse(containers=node.container_items.all(found))
 
 
 async def exec_in_container(node: Node, request: pb.ExecSyncRequest) -> pb.ExecSyncResponse:
@@ -101,56 +98,10 @@ def _id(given: str, field: str = "container_id") -> str:
     return given
 
 
-def _image(record: ContainerRecord) -> pb.ImageSpec:
-    assert record.config.image is not None
-    return to_proto(record.config.image, pb.ImageSpec)
-
-
-def _item(record: ContainerRecord) -> pb.Container:
-    assert record.config.metadata is not None
-    return pb.Container(
-        id=record.id,
-        pod_sandbox_id=record.sandbox_id,
-        metadata=to_proto(record.config.metadata, pb.ContainerMetadata),
-        image=_image(record),
-        image_ref=record.image_ref,
-        image_id=record.image_id,
-        state=_STATES[shown_state(record)],
-        created_at=record.created_at,
-        labels=record.config.labels,
-        annotations=record.config.annotations,
-    )
-
-
 def status_of(node: Node, record: ContainerRecord) -> pb.ContainerStatus:
     """The status message of a container."""
-    assert record.config.metadata is not None
-    linux = record.config.linux
     sandbox = node.pods.table.find(record.sandbox_id)
-    log = log_path(sandbox.record, record.config) if sandbox else None
-    status = pb.ContainerStatus(
-        id=record.id,
-        metadata=to_proto(record.config.metadata, pb.ContainerMetadata),
-        state=_STATES[shown_state(record)],
-        created_at=record.created_at,
-        started_at=record.started_at,
-        finished_at=record.finished_at,
-        exit_code=record.exit_code,
-        image=_image(record),
-        image_ref=record.image_ref,
-        image_id=record.image_id,
-        reason=record.reason,
-        message=record.message,
-        labels=record.config.labels,
-        annotations=record.config.annotations,
-        mounts=[to_proto(mount, pb.Mount) for mount in record.mounts],
-        log_path=str(log or ""),
-        user=pb.ContainerUser(linux=to_proto(record.user, pb.LinuxContainerUser)),
-        stop_signal=signals.to_cri(record.stop_signal),  # type: ignore[arg-type]
-    )
-    if linux is not None and linux.resources is not None:
-        status.resources.linux.CopyFrom(to_proto(linux.resources, pb.LinuxContainerResources))
-    return status
+    return messages.container_status(record, log_path(sandbox.record, record.config) if sandbox else None)
 
 
 def _info(node: Node, container: Container) -> dict[str, str]:

@@ -6,6 +6,7 @@ import time
 
 import msgspec
 
+from crishim.cri import messages
 from crishim.cri.api import api_pb2 as pb
 from crishim.cri.node import Node, Verb
 from crishim.errors import InvalidArgument
@@ -32,9 +33,9 @@ async def list_images(node: Node, request: pb.ListImagesRequest) -> pb.ListImage
     """All images, or the one that the filter names."""
     wanted = request.filter.image.image
     if not wanted:
-        return pb.ListImagesResponse(images=[image_of(record) for record in node.containers.images.all()])
+        return pb.ListImagesResponse(images=[messages.image_of(record) for record in node.containers.images.all()])
     found = node.containers.images.find(wanted)
-    return pb.ListImagesResponse(images=[image_of(found)] if found else [])
+    return pb.ListImagesResponse(images=[messages.image_of(found)] if found else [])
 
 
 async def image_status(node: Node, request: pb.ImageStatusRequest) -> pb.ImageStatusResponse:
@@ -42,7 +43,7 @@ async def image_status(node: Node, request: pb.ImageStatusRequest) -> pb.ImageSt
     record = node.containers.images.find(_name(request.image))
     if record is None:
         return pb.ImageStatusResponse()
-    return pb.ImageStatusResponse(image=image_of(record), info=_info(record) if request.verbose else {})
+    return pb.ImageStatusResponse(image=messages.image_of(record), info=_info(record) if request.verbose else {})
 
 
 async def remove_image(node: Node, request: pb.RemoveImageRequest) -> pb.RemoveImageResponse:
@@ -67,23 +68,6 @@ def _name(spec: pb.ImageSpec) -> str:
     if not spec.image:
         raise InvalidArgument("image.image is empty")
     return spec.image
-
-
-def image_of(record: ImageRecord) -> pb.Image:
-    """The message for an image."""
-    user = record.config.user.partition(":")[0]
-    image = pb.Image(
-        id=record.id,
-        repo_tags=record.repo_tags,
-        repo_digests=record.repo_digests,
-        size=record.size,
-        spec=pb.ImageSpec(image=record.id),
-    )
-    if user.isdecimal():
-        image.uid.value = int(user)
-    elif user:
-        image.username = user
-    return image
 
 
 def _info(record: ImageRecord) -> dict[str, str]:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from crishim.cgroups import layout
@@ -18,12 +18,16 @@ from crishim.containers import lifecycle as container_lifecycle
 from crishim.containers import strays
 from crishim.containers.room import Room as ContainerRoom
 from crishim.containers.table import ContainerTable
+from crishim.cri import messages
+from crishim.cri.api import api_pb2 as pb
+from crishim.cri.cache import MessageCache
 from crishim.host.facts import HostFacts, read_facts
 from crishim.host.reaper import become_subreaper, reap_forgotten
 from crishim.images.pull import Puller
 from crishim.images.store import ImageStore
 from crishim.layers.client import Limits, UnpackWorkers
 from crishim.layers.store import LayerStore
+from crishim.model.records import ContainerRecord, SandboxRecord
 from crishim.pods import lifecycle as pod_lifecycle
 from crishim.pods.room import Room as PodRoom
 from crishim.pods.table import SandboxTable
@@ -47,7 +51,13 @@ class Node:
     workers: UnpackWorkers
     puller: Puller
     pods: PodRoom
-    background: set[asyncio.Task[None]]
+    background: set[asyncio.Task[None]] = field(default_factory=set)
+    container_items: MessageCache[ContainerRecord, pb.Container] = field(
+        default_factory=lambda: MessageCache(messages.container_item)
+    )
+    sandbox_items: MessageCache[SandboxRecord, pb.PodSandbox] = field(
+        default_factory=lambda: MessageCache(messages.sandbox_item)
+    )
 
     @property
     def containers(self) -> ContainerRoom:
@@ -87,7 +97,7 @@ def build(config: Config) -> Node:
     )
     pods = PodRoom(room, Networks(config.network), SandboxTable())
     puller = Puller(config.image, images, layers, operations)
-    return Node(config, facts, database, workers, puller, pods, set())
+    return Node(config, facts, database, workers, puller, pods)
 
 
 async def start(node: Node) -> None:

@@ -7,13 +7,12 @@ import time
 
 import msgspec
 
-from crishim.cri import container_verbs
+from crishim.cri import container_verbs, messages
 from crishim.cri.api import api_pb2 as pb
 from crishim.cri.node import Node, Verb
-from crishim.cri.translate import from_proto, to_proto
+from crishim.cri.translate import from_proto
 from crishim.errors import InvalidArgument
 from crishim.model.cri import PodSandboxConfig
-from crishim.model.records import SandboxRecord, SandboxState
 from crishim.pods import lifecycle
 from crishim.pods.run import run
 from crishim.pods.table import Sandbox, SandboxFilter
@@ -48,7 +47,7 @@ async def pod_sandbox_status(node: Node, request: pb.PodSandboxStatusRequest) ->
     sandbox = node.pods.table.get(_id(request.pod_sandbox_id))
     containers = node.containers.table.of_sandbox(sandbox.record.id)
     return pb.PodSandboxStatusResponse(
-        status=_status(sandbox.record),
+        status=messages.sandbox_status(sandbox.record),
         info=_info(node, sandbox) if request.verbose else {},
         containers_statuses=[container_verbs.status_of(node, item.record) for item in containers if item.shown],
         timestamp=time.time_ns(),
@@ -63,48 +62,15 @@ async def list_pod_sandbox(node: Node, request: pb.ListPodSandboxRequest) -> pb.
         ready=(given.state.state == pb.SANDBOX_READY) if given.HasField("state") else None,
         labels=dict(given.label_selector),
     )
-    return pb.ListPodSandboxResponse(items=[_item(record) for record in node.pods.table.select(wanted)])
+    found = node.pods.table.select(wanted)
+    node.sandbox_items.prune(len(node.pods.table))
+    return pb.ListPodSandboxResponse(items=node.sandbox_items.all(found))
 
 
 def _id(sandbox_id: str) -> str:
     if not sandbox_id:
         raise InvalidArgument("pod_sandbox_id is empty")
     return sandbox_id
-
-
-def _state(record: SandboxRecord) -> pb.PodSandboxState.ValueType:
-    return pb.SANDBOX_READY if record.state is SandboxState.READY else pb.SANDBOX_NOTREADY
-
-
-def _item(record: SandboxRecord) -> pb.PodSandbox:
-    return pb.PodSandbox(
-        id=record.id,
-        metadata=to_proto(record.metadata, pb.PodSandboxMetadata),
-        state=_state(record),
-        created_at=record.created_at,
-        labels=record.config.labels,
-        annotations=record.config.annotations,
-        runtime_handler=record.handler,
-    )
-
-
-def _status(record: SandboxRecord) -> pb.PodSandboxStatus:
-    ips = record.network.ips if record.network else []
-    return pb.PodSandboxStatus(
-        id=record.id,
-        metadata=to_proto(record.metadata, pb.PodSandboxMetadata),
-        state=_state(record),
-        created_at=record.created_at,
-        network=pb.PodSandboxNetworkStatus(
-            ip=ips[0] if ips else "", additional_ips=[pb.PodIP(ip=address) for address in ips[1:]]
-        ),
-        linux=pb.LinuxPodSandboxStatus(
-            namespaces=pb.Namespace(options=to_proto(record.namespaces, pb.NamespaceOption))
-        ),
-        labels=record.config.labels,
-        annotations=record.config.annotations,
-        runtime_handler=record.handler,
-    )
 
 
 def _info(node: Node, sandbox: Sandbox) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from collections.abc import Coroutine
 from functools import partial
 
 import msgspec
@@ -23,8 +24,8 @@ from crishim.pods.table import Sandbox
 
 _log = logging.getLogger(__name__)
 
-STOP_CONTAINER_SECONDS = 2.0
-"""Grace for containers that still run when their pod is stopped: the kubelet has stopped them before."""
+STOP_CONTAINER_SECONDS = 0.0
+"""Grace for containers that still run when their pod is stopped: the CRI wants them forcibly ended."""
 
 _DETACH_DELAYS = (1.0, 5.0, 30.0)
 
@@ -36,32 +37,28 @@ async def stop(room: Room, sandbox: Sandbox) -> None:
 
 async def _stop(room: Room, sandbox: Sandbox) -> None:
     with sandbox.timeline.recording():
-        await _stop_containers(room, sandbox)
         async with sandbox.lock:
             if sandbox.record.state is SandboxState.READY:
                 await _save(room, sandbox, msgspec.structs.replace(sandbox.record, state=SandboxState.NOTREADY))
-            await _release(room, sandbox)
+            # the containers get SIGKILL at once, so their network need not wait for them
+            await _all(_stop_containers(room, sandbox), _detach(room, sandbox))
+            await asyncio.to_thread(_release_files, room, sandbox.record)
 
 
 async def _stop_containers(room: Room, sandbox: Sandbox) -> None:
-    """All at once; every one is tried, then the first failure is raised."""
     running = room.containers.table.of_sandbox(sandbox.record.id)
-    results = await asyncio.gather(
-        *(containers.stop(room.containers, container, STOP_CONTAINER_SECONDS) for container in running),
-        return_exceptions=True,
-    )
-    for result in results:
+    await _all(*(containers.stop(room.containers, container, STOP_CONTAINER_SECONDS) for container in running))
+
+
+async def _all(*works: Coroutine[None, None, None]) -> None:
+    """All at once; every one is tried to its end, then the first failure is raised."""
+    for result in await asyncio.gather(*works, return_exceptions=True):
         if isinstance(result, BaseException):
             raise result
 
 
-async def _release(room: Room, sandbox: Sandbox) -> None:
-    """Give back the network, then the rest. A network that does not let go is kept on record and tried again."""
-    await _detach(room, sandbox)
-    await asyncio.to_thread(_release_files, room, sandbox.record)
-
-
 async def _detach(room: Room, sandbox: Sandbox) -> None:
+    """Give back the network; one that does not let go is kept on record and tried again."""
     record = sandbox.record
     if record.network is None or not record.network.config:
         return

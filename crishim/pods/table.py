@@ -46,6 +46,9 @@ class SandboxTable:
     def __init__(self) -> None:
         self._items: dict[str, Sandbox] = {}
 
+    def __len__(self) -> int:
+        return len(self._items)
+
     def add(self, sandbox: Sandbox) -> None:
         """Enter a sandbox."""
         self._items[sandbox.record.id] = sandbox
