@@ -46,6 +46,7 @@ async def create(room: Room, sandbox: SandboxRecord, config: ContainerConfig) ->
     if sandbox.state is not SandboxState.READY:
         raise FailedPrecondition(f"pod sandbox {sandbox.id} is not ready")
     assert config.image is not None
+    await _old_one_gone(room, sandbox.id, config)
     image = room.images.find(config.image.image)
     if image is None:
         raise NotFound(f"image {config.image.image!r} is not here: pull it first")
@@ -66,6 +67,14 @@ async def create(room: Room, sandbox: SandboxRecord, config: ContainerConfig) ->
     container.watcher = watch(room, container)
     room.undelivered[container_name(sandbox.id, config)] = record.id
     return record.id
+
+
+async def _old_one_gone(room: Room, sandbox_id: str, config: ContainerConfig) -> None:
+    """A container of the same name that is being removed does not count, but it must be out of the way."""
+    name = container_name(sandbox_id, config)
+    for other in room.table.of_sandbox(sandbox_id):
+        if container_name(sandbox_id, other.record.config) == name:
+            await room.operations.finished(("remove", other.record.id))
 
 
 def _new_record(room: Room, sandbox: SandboxRecord, config: ContainerConfig, image: ImageRecord) -> ContainerRecord:

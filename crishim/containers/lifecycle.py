@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 START_FAILED_CODE = 128
 _KILL_SECONDS = 30.0
 """How long a container may take to disappear after SIGKILL before the caller is told."""
+_RECORD_AGAIN_SECONDS = 2.0
 
 
 async def start(room: Room, container: Container) -> None:
@@ -76,7 +77,13 @@ def watch(room: Room, container: Container) -> asyncio.Task[None]:
 
     async def body() -> None:
         ended = await wait_exit(container.handle, monitor, exit_file)
-        await _on_exit(room, container, ended)
+        while True:
+            try:
+                await _on_exit(room, container, ended)
+                return
+            except CrishimError:
+                _log.exception("cannot record the exit of container %s, trying again", record.id)
+                await asyncio.sleep(_RECORD_AGAIN_SECONDS)
 
     return asyncio.create_task(body(), name=f"watch {record.id}")
 

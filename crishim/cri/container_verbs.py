@@ -14,9 +14,9 @@ from crishim.cri import messages
 from crishim.cri.api import api_pb2 as pb
 from crishim.cri.node import Node, Verb
 from crishim.cri.translate import from_proto
-from crishim.errors import InvalidArgument
+from crishim.errors import FailedPrecondition, InvalidArgument
 from crishim.model.cri import ContainerConfig
-from crishim.model.records import ContainerRecord, ContainerState, container_name
+from crishim.model.records import ContainerRecord, ContainerState, SandboxState, container_name
 
 _FROM_PROTO = {number: state for state, number in messages.CONTAINER_STATES.items()}
 
@@ -41,6 +41,9 @@ async def create_container(node: Node, request: pb.CreateContainerRequest) -> pb
 async def start_container(node: Node, request: pb.StartContainerRequest) -> pb.StartContainerResponse:
     """Run a created container."""
     container = node.containers.table.get(_id(request.container_id))
+    sandbox = node.pods.table.find(container.record.sandbox_id)
+    if sandbox is None or sandbox.record.state is not SandboxState.READY:
+        raise FailedPrecondition(f"pod sandbox {container.record.sandbox_id} is not ready")
     key = ("start", container.record.id)
     await node.containers.operations.join(key, lambda: lifecycle.start(node.containers, container))
     return pb.StartContainerResponse()

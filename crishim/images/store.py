@@ -106,7 +106,13 @@ class ImageStore:
         user = self.users(record.id)
         if user:
             raise FailedPrecondition(f"image {text} is in use by container {user}")
-        await self.forget([record])
+        self._forget(record)  # first, so that no container is made from it meanwhile
+        try:
+            await self._store.save_images([], [record.id])
+        except BaseException:
+            self._remember(record)
+            raise
+        await self.collect()
 
     async def collect(self) -> None:
         """Drop the layers that no image needs."""

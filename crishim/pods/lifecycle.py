@@ -16,7 +16,7 @@ from crishim.host import namespaces
 from crishim.host.files import remove_tree
 from crishim.host.mounts import unmount
 from crishim.host.pidfd import ProcessHandle
-from crishim.model.records import SandboxRecord, SandboxState, sandbox_name
+from crishim.model.records import ContainerState, SandboxRecord, SandboxState, container_name, sandbox_name
 from crishim.observe.timeline import step
 from crishim.pods import network
 from crishim.pods.room import Room
@@ -46,6 +46,11 @@ async def _stop(room: Room, sandbox: Sandbox) -> None:
 
 
 async def _stop_containers(room: Room, sandbox: Sandbox) -> None:
+    operations = room.containers.operations
+    for container in room.containers.table.of_sandbox(sandbox.record.id):
+        if container.record.state is ContainerState.CREATING:
+            name = container_name(sandbox.record.id, container.record.config)
+            await operations.finished(("create", name), cancel=True)
     running = room.containers.table.of_sandbox(sandbox.record.id)
     await _all(*(containers.stop(room.containers, container, STOP_CONTAINER_SECONDS) for container in running))
 
@@ -127,8 +132,8 @@ async def remove(room: Room, sandbox: Sandbox) -> None:
 
 async def _remove(room: Room, sandbox: Sandbox) -> None:
     await stop(room, sandbox)
-    for container in room.containers.table.of_sandbox(sandbox.record.id):
-        await containers.remove(room.containers, container)
+    left = room.containers.table.of_sandbox(sandbox.record.id)
+    await _all(*(containers.remove(room.containers, container) for container in left))
     async with sandbox.lock:
         await _save(room, sandbox, msgspec.structs.replace(sandbox.record, state=SandboxState.REMOVING))
         await tear_down(room, sandbox.record)

@@ -48,6 +48,10 @@ async def run(room: Room, config: PodSandboxConfig, handler: str) -> str:
 
 
 async def _run(room: Room, config: PodSandboxConfig, handler: str, name: str) -> str:
+    other = room.table.named(name)
+    if other is not None:
+        # one that is being removed does not count, but it must be out of the way
+        await room.containers.operations.finished(("remove pod", other.record.id))
     if room.table.named(name) is not None:
         raise AlreadyExists(f"pod sandbox {name} exists already")
     record = _new_record(room, config, handler)

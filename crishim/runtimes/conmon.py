@@ -93,8 +93,7 @@ async def create(monitor: Monitor, timeout: float) -> Created:
         async with asyncio.timeout(timeout):
             pid = _pid(await _read_report(reader))
     except BaseException as err:
-        started.kill()
-        await asyncio.shield(process.wait_exit(started))
+        process.kill_group(started)  # with the OCI runtime, which would go on creating
         if isinstance(err, TimeoutError):
             raise DeadlineExceeded(f"the OCI runtime did not create the container within {timeout:g} s") from err
         raise

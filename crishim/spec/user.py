@@ -33,12 +33,12 @@ class AccountFiles:
         accounts = tuple(
             Account(parts[0], int(parts[2]), int(parts[3]), parts[5])
             for parts in _rows(passwd)
-            if len(parts) >= 6 and parts[2].isdecimal() and parts[3].isdecimal()
+            if len(parts) >= 6 and _is_number(parts[2]) and _is_number(parts[3])
         )
         groups = tuple(
             (parts[0], int(parts[2]), tuple(filter(None, parts[3].split(","))))
             for parts in _rows(group)
-            if len(parts) >= 4 and parts[2].isdecimal()
+            if len(parts) >= 4 and _is_number(parts[2])
         )
         return cls(accounts, groups)
 

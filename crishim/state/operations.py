@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Any, TypeVar, cast
 
+from crishim.errors import Unavailable
 from crishim.observe.metrics import OPERATIONS
 
 T = TypeVar("T")
@@ -36,6 +37,8 @@ class Operations:
         try:
             return cast(T, await asyncio.shield(task))
         except asyncio.CancelledError:
+            if task.cancelled() and not abandon:
+                raise Unavailable(f"{task.get_name()} was aborted: what it was for is being stopped") from None
             if abandon and self._waiting[key] == 1 and not task.done():
                 task.cancel()
                 await asyncio.wait([task])
@@ -52,7 +55,7 @@ class Operations:
             with OPERATIONS.track_inprogress():
                 return await start()
 
-        task = asyncio.create_task(body(), name=f"operation {key}", context=contextvars.copy_context())
+        task = asyncio.create_task(body(), name=_describe(key), context=contextvars.copy_context())
         self._running[key] = task
         task.add_done_callback(lambda done: self._finish(key, done))
         return task
@@ -60,6 +63,15 @@ class Operations:
     def count(self) -> int:
         """How many operations are under way."""
         return len(self._running)
+
+    async def finished(self, key: Hashable, *, cancel: bool = False) -> None:
+        """Wait until ``key`` is not under way, whatever comes of it; ``cancel`` makes it undo itself."""
+        task = self._running.get(key)
+        if task is None:
+            return
+        if cancel:
+            task.cancel()
+        await asyncio.wait([task])
 
     def under_way(self, key: Hashable) -> bool:
         """Whether ``key`` is being done now."""
@@ -74,4 +86,9 @@ class Operations:
         if self._running.get(key) is task:
             del self._running[key]
         if not task.cancelled() and task.exception() is not None:
-            _log.debug("operation %s failed: %s", key, task.exception())
+            level = logging.DEBUG if self._waiting[key] else logging.WARNING
+            _log.log(level, "%s failed: %s", task.get_name(), task.exception())
+
+
+def _describe(key: Hashable) -> str:
+    return " ".join(part for part in key if isinstance(part, str)) if isinstance(key, tuple) else str(key)
