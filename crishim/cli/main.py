@@ -7,6 +7,7 @@ import sys
 import click
 
 import crishim
+from crishim.cli.check import check
 from crishim.cli.config import config
 from crishim.cli.serve import serve
 from crishim.errors import CrishimError
@@ -20,6 +21,7 @@ def cli() -> None:
 
 cli.add_command(serve)
 cli.add_command(config)
+cli.add_command(check)
 
 
 def main() -> None:

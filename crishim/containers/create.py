@@ -13,7 +13,7 @@ import msgspec
 
 from crishim.containers import prepare
 from crishim.containers.check import check
-from crishim.containers.lifecycle import tear_down, watch
+from crishim.containers.lifecycle import tear_down, tell, watch
 from crishim.containers.prepare import Plan
 from crishim.containers.room import Room
 from crishim.containers.table import Container
@@ -35,6 +35,7 @@ from crishim.model.records import (
 from crishim.observe.timeline import step
 from crishim.runtimes import conmon
 from crishim.spec.generate import generate
+from crishim.state.events import EventKind
 
 _log = logging.getLogger(__name__)
 CREATE_SECONDS = 240.0
@@ -66,6 +67,7 @@ async def create(room: Room, sandbox: SandboxRecord, config: ContainerConfig) ->
         raise
     container.watcher = watch(room, container)
     room.undelivered[container_name(sandbox.id, config)] = record.id
+    tell(room, EventKind.CREATED, container.record)
     return record.id
 
 

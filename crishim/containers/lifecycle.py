@@ -20,6 +20,7 @@ from crishim.host.pidfd import ProcessHandle
 from crishim.model.records import ContainerRecord, ContainerState, container_name
 from crishim.observe.timeline import step
 from crishim.runtimes.exits import Exit, wait_exit
+from crishim.state.events import Event, EventKind
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +51,12 @@ async def start(room: Room, container: Container) -> None:
         )
         await room.store.save_container(running)
         container.record = running
+    tell(room, EventKind.STARTED, container.record)
+
+
+def tell(room: Room, kind: EventKind, record: ContainerRecord) -> None:
+    """Report a turn of a container's life that is on record."""
+    room.events.tell(Event(kind, record.id, record.sandbox_id, time.time_ns()))
 
 
 async def _start_failed(room: Room, container: Container, err: CrishimError) -> None:
@@ -65,6 +72,7 @@ async def _start_failed(room: Room, container: Container, err: CrishimError) -> 
     )
     await room.store.save_container(failed)
     container.record = failed
+    tell(room, EventKind.STOPPED, failed)
     container.send(signal.SIGKILL)
 
 
@@ -97,6 +105,7 @@ async def _on_exit(room: Room, container: Container, ended: Exit) -> None:
             record = exited(record, ended, oom=oom)
             await room.store.save_container(record)
             container.record = record
+            tell(room, EventKind.STOPPED, record)
         if container.kill_timer is not None:
             container.kill_timer.cancel()
         container.exited.set()
@@ -223,6 +232,7 @@ async def _remove(room: Room, container: Container) -> None:
         await room.store.drop_container(removing.id)
         room.table.drop(removing.id)
         room.undelivered.pop(container_name(removing.sandbox_id, removing.config), None)
+    tell(room, EventKind.DELETED, container.record)
 
 
 async def recover(room: Room, record: ContainerRecord) -> None:

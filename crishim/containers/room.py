@@ -12,6 +12,7 @@ from crishim.host.facts import HostFacts
 from crishim.images.store import ImageStore
 from crishim.layers.store import LayerStore
 from crishim.runtimes.handlers import Handlers
+from crishim.state.events import Events
 from crishim.state.operations import Operations
 from crishim.state.store import Store
 
@@ -30,5 +31,6 @@ class Room:
     images: ImageStore
     layers: LayerStore
     table: ContainerTable
+    events: Events
     undelivered: dict[str, str] = field(default_factory=dict)
     """Containers made for callers who left before they heard of it: name to ID."""

@@ -10,12 +10,13 @@ from crishim.containers import lifecycle
 from crishim.containers.create import create, log_path
 from crishim.containers.exec import exec_sync
 from crishim.containers.table import Container, ContainerFilter
+from crishim.containers.update import update
 from crishim.cri import messages
 from crishim.cri.api import api_pb2 as pb
 from crishim.cri.node import Node, Verb
 from crishim.cri.translate import from_proto
 from crishim.errors import FailedPrecondition, InvalidArgument
-from crishim.model.cri import ContainerConfig
+from crishim.model.cri import ContainerConfig, LinuxContainerResources
 from crishim.model.records import ContainerRecord, ContainerState, SandboxState, container_name
 
 _FROM_PROTO = {number: state for state, number in messages.CONTAINER_STATES.items()}
@@ -88,6 +89,19 @@ async def list_containers(node: Node, request: pb.ListContainersRequest) -> pb.L
     return pb.ListContainersResponse(containers=node.container_items.all(found))
 
 
+async def update_container_resources(
+    node: Node, request: pb.UpdateContainerResourcesRequest
+) -> pb.UpdateContainerResourcesResponse:
+    """New limits; ``annotations`` are for runtimes that act on them, which none of ours does."""
+    container = node.containers.table.get(_id(request.container_id))
+    if request.HasField("windows"):
+        raise InvalidArgument("windows is given, but this node runs Linux")
+    if not request.HasField("linux"):
+        raise InvalidArgument("linux is missing")
+    await update(node.containers, container, from_proto(request.linux, LinuxContainerResources))
+    return pb.UpdateContainerResourcesResponse()
+
+
 async def exec_in_container(node: Node, request: pb.ExecSyncRequest) -> pb.ExecSyncResponse:
     """Run a command to its end."""
     container = node.containers.table.get(_id(request.container_id))
@@ -134,4 +148,5 @@ VERBS: dict[str, Verb] = {
     "ContainerStatus": container_status,
     "ListContainers": list_containers,
     "ExecSync": exec_in_container,
+    "UpdateContainerResources": update_container_resources,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +33,7 @@ from crishim.pods.room import Room as PodRoom
 from crishim.pods.table import SandboxTable
 from crishim.runtimes.handlers import Handlers
 from crishim.state.database import Database
+from crishim.state.events import Events
 from crishim.state.operations import Operations
 from crishim.state.store import Store
 
@@ -69,6 +70,10 @@ Verb = Callable[[Node, Any], Awaitable[Any]]
 """What carries out one call of the CRI: the request in, the response out."""
 
 
+StreamVerb = Callable[[Node, Any], AsyncIterator[Any]]
+"""The same for a call that answers with a stream."""
+
+
 def build(config: Config) -> Node:
     """Open the database and make the rooms; blocks. Nothing is changed on the node yet."""
     facts = read_facts()
@@ -94,6 +99,7 @@ def build(config: Config) -> Node:
         images=images,
         layers=layers,
         table=table,
+        events=Events(),
     )
     pods = PodRoom(room, Networks(config.network), SandboxTable())
     puller = Puller(config.image, images, layers, operations)

@@ -18,6 +18,7 @@ from crishim.cri import container_verbs, image_verbs, node_verbs, sandbox_verbs
 from crishim.cri.api import api_pb2
 from crishim.cri.interceptor import Interceptor
 from crishim.cri.node import Node, Verb
+from crishim.cri.stream_verbs import STREAM_VERBS
 from crishim.errors import ConfigError, Unimplemented
 
 RUNTIME_VERBS: Mapping[str, Verb] = {**node_verbs.VERBS, **sandbox_verbs.VERBS, **container_verbs.VERBS}
@@ -85,10 +86,11 @@ def _handler(node: Node, method: MethodDescriptor, verb: Verb | None) -> Any:
             raise Unimplemented(f"{name} is not supported by this version")
         return await verb(node, request)
 
-    async def stream(_request: Any, _context: Any) -> AsyncIterator[Any]:
-        if verb is None:
+    async def stream(request: Any, _context: Any) -> AsyncIterator[Any]:
+        if name not in STREAM_VERBS:
             raise Unimplemented(f"{name} is not supported by this version")
-        yield
+        async for response in STREAM_VERBS[name](node, request):
+            yield response
 
     if method.server_streaming:
         return grpc.unary_stream_rpc_method_handler(stream, parse, serialize)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import time
 from collections.abc import Coroutine
 from functools import partial
 
@@ -21,6 +22,7 @@ from crishim.observe.timeline import step
 from crishim.pods import network
 from crishim.pods.room import Room
 from crishim.pods.table import Sandbox
+from crishim.state.events import Event, EventKind
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ async def _stop(room: Room, sandbox: Sandbox) -> None:
         async with sandbox.lock:
             if sandbox.record.state is SandboxState.READY:
                 await _save(room, sandbox, msgspec.structs.replace(sandbox.record, state=SandboxState.NOTREADY))
+                tell(room, EventKind.STOPPED, sandbox.record.id)
             # the containers get SIGKILL at once, so their network need not wait for them
             await _all(_stop_containers(room, sandbox), _detach(room, sandbox))
             await asyncio.to_thread(_release_files, room, sandbox.record)
@@ -140,6 +143,12 @@ async def _remove(room: Room, sandbox: Sandbox) -> None:
         await room.containers.store.drop_sandbox(sandbox.record.id)
         room.table.drop(sandbox.record.id)
         room.undelivered.pop(sandbox_name(sandbox.record.config), None)
+    tell(room, EventKind.DELETED, sandbox.record.id)
+
+
+def tell(room: Room, kind: EventKind, sandbox_id: str) -> None:
+    """Report a turn of a sandbox's life: in the CRI's events a sandbox is a container with its own ID."""
+    room.containers.events.tell(Event(kind, sandbox_id, sandbox_id, time.time_ns()))
 
 
 def watch(room: Room, sandbox: Sandbox) -> None:
@@ -160,6 +169,7 @@ def watch(room: Room, sandbox: Sandbox) -> None:
             if sandbox.record.state is SandboxState.READY:
                 _log.warning("pod sandbox %s has lost its PID namespace", sandbox.record.id)
                 await _save(room, sandbox, msgspec.structs.replace(sandbox.record, state=SandboxState.NOTREADY))
+                tell(room, EventKind.STOPPED, sandbox.record.id)
 
     sandbox.watcher = asyncio.create_task(body(), name=f"watch {sandbox.record.id}")
 

@@ -21,9 +21,10 @@ from crishim.model.records import ProcessRecord, SandboxRecord, SandboxState, sa
 from crishim.observe.timeline import step
 from crishim.pods import files, network
 from crishim.pods.check import check
-from crishim.pods.lifecycle import detach_later, tear_down, watch
+from crishim.pods.lifecycle import detach_later, tear_down, tell, watch
 from crishim.pods.room import Room
 from crishim.pods.table import Sandbox
+from crishim.state.events import EventKind
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ async def _run(room: Room, config: PodSandboxConfig, handler: str, name: str) ->
         raise
     room.undelivered[name] = record.id
     watch(room, sandbox)
+    tell(room, EventKind.CREATED, record.id)
+    tell(room, EventKind.STARTED, record.id)
     return record.id
 
 

@@ -21,7 +21,7 @@ from crishim.host import process
 from crishim.host.pidfd import wait_readable
 from crishim.observe.timeline import step
 from crishim.runtimes.conmon import reason
-from crishim.spec.oci import Process
+from crishim.spec.oci import Process, Resources
 
 COMMAND_SECONDS = 120.0
 EXEC_OUTPUT_LIMIT = 16 << 20
@@ -50,6 +50,11 @@ class OciRuntime:
         """Run the created container's process."""
         with step(f"{self.name} start"):
             await self._run("start", container_id)
+
+    async def update(self, container_id: str, resources: Resources) -> None:
+        """Set cgroup limits; what ``resources`` leaves out stays."""
+        with step(f"{self.name} update"):
+            await self._run("update", "--resources", "-", container_id, stdin=msgspec.json.encode(resources))
 
     async def delete(self, container_id: str) -> None:
         """Forget the container and its cgroup, killing what is left in it; one unknown is fine."""
@@ -80,8 +85,9 @@ class OciRuntime:
             with contextlib.suppress(OSError):
                 scratch.rmdir()
 
-    async def _run(self, *arguments: str) -> None:
-        done = await process.run(process.Command([self.path, *self.arguments, *arguments], timeout=COMMAND_SECONDS))
+    async def _run(self, *arguments: str, stdin: bytes = b"") -> None:
+        command = process.Command([self.path, *self.arguments, *arguments], stdin=stdin, timeout=COMMAND_SECONDS)
+        done = await process.run(command)
         if done.timed_out:
             raise DeadlineExceeded(f"{self.name} {arguments[0]} did not finish within {COMMAND_SECONDS:g} s")
         if done.returncode != 0:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from crishim.errors import InvalidArgument
 from crishim.model.cri import LinuxContainerResources
 from crishim.spec import oci
@@ -62,6 +64,18 @@ def decide(
         left_out.append(f"{', '.join(sorted(unified))}: the host has no cgroup version 2")
         unified = {}
     return Decided(oci.Resources(devices, memory, cpu, pids, pages, unified), tuple(left_out))
+
+
+def merge(current: LinuxContainerResources, wanted: LinuxContainerResources) -> LinuxContainerResources:
+    """``current`` with everything that ``wanted`` gives: zero and empty mean unchanged."""
+    given = {
+        field.name: value
+        for field in msgspec.structs.fields(LinuxContainerResources)
+        if (value := getattr(wanted, field.name)) not in (0, "", [], {})
+    }
+    if wanted.unified:
+        given["unified"] = {**current.unified, **wanted.unified}
+    return msgspec.structs.replace(current, **given)
 
 
 def _check(wanted: LinuxContainerResources) -> None:
