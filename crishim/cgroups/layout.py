@@ -65,6 +65,10 @@ class Cgroups:
         parent, prefix, name = spec_path.split(":")
         return f"{expand_slice(parent)}/{prefix}-{name}.scope".lstrip("/")
 
+    def parent_path(self, parent: str) -> str:
+        """The directory of a pod's own cgroup below each hierarchy, without a leading slash."""
+        return expand_slice(parent) if self.systemd else parent.strip("/")
+
     def hierarchies(self) -> list[Path]:
         """The mount points that can hold a container's cgroup."""
         if self.unified:

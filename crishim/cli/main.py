@@ -9,6 +9,7 @@ import click
 import crishim
 from crishim.cli.check import check
 from crishim.cli.config import config
+from crishim.cli.demo import demo
 from crishim.cli.serve import serve
 from crishim.errors import CrishimError
 
@@ -22,6 +23,7 @@ def cli() -> None:
 cli.add_command(serve)
 cli.add_command(config)
 cli.add_command(check)
+cli.add_command(demo)
 
 
 def main() -> None:

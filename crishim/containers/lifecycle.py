@@ -176,7 +176,10 @@ async def stop(room: Room, container: Container, timeout: float) -> None:
     """
     if container.record.state not in (ContainerState.CREATED, ContainerState.RUNNING):
         return
-    _arm(room, container, timeout)
+    if timeout > 0:
+        _arm(room, container, timeout)
+    else:
+        kill(room, container)
     key = ("stop", container.record.id)
     await room.operations.join(key, lambda: _stop(room, container))
 
@@ -184,7 +187,7 @@ async def stop(room: Room, container: Container, timeout: float) -> None:
 def _arm(room: Room, container: Container, timeout: float) -> None:
     """Kill the container after ``timeout`` seconds, unless it is to be killed earlier already."""
     loop = asyncio.get_running_loop()
-    due = loop.time() + max(0.0, timeout)
+    due = loop.time() + timeout
     if container.kill_timer is not None and not container.kill_timer.cancelled():
         if container.kill_timer.when() <= due:
             return
@@ -194,6 +197,7 @@ def _arm(room: Room, container: Container, timeout: float) -> None:
 
 def kill(room: Room, container: Container) -> None:
     """SIGKILL to the first process, and to the others where that does not end them."""
+    container.killed = True
     container.send(signal.SIGKILL)
     for pid in room.cgroups.processes(container.record.cgroup):
         with contextlib.suppress(ProcessLookupError):
@@ -201,8 +205,10 @@ def kill(room: Room, container: Container) -> None:
 
 
 async def _stop(room: Room, container: Container) -> None:
-    created = container.record.state is ContainerState.CREATED  # its process cannot handle a signal yet
-    container.send(signal.SIGKILL if created else container.record.stop_signal)
+    if container.record.state is ContainerState.CREATED:
+        kill(room, container)  # its process cannot handle a signal yet
+    if not container.killed:
+        container.send(container.record.stop_signal)
     while not container.exited.is_set():
         timer = container.kill_timer
         left = (timer.when() if timer else 0) - asyncio.get_running_loop().time()

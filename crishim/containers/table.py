@@ -24,6 +24,8 @@ class Container:
     """Its first process, while it runs; closed by the one who waits for the end."""
     watcher: asyncio.Task[None] | None = None
     kill_timer: asyncio.TimerHandle | None = None
+    killed: bool = False
+    """Whether SIGKILL has been sent: no gentler signal is wanted after it."""
     timeline: Timeline = field(default_factory=Timeline)
 
     @property

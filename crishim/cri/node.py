@@ -17,6 +17,7 @@ from crishim.config.settings import Config
 from crishim.containers import lifecycle as container_lifecycle
 from crishim.containers import strays
 from crishim.containers.room import Room as ContainerRoom
+from crishim.containers.stats import Meter
 from crishim.containers.table import ContainerTable
 from crishim.cri import messages
 from crishim.cri.api import api_pb2 as pb
@@ -52,6 +53,7 @@ class Node:
     workers: UnpackWorkers
     puller: Puller
     pods: PodRoom
+    meter: Meter
     background: set[asyncio.Task[None]] = field(default_factory=set)
     container_items: MessageCache[ContainerRecord, pb.Container] = field(
         default_factory=lambda: MessageCache(messages.container_item)
@@ -103,7 +105,7 @@ def build(config: Config) -> Node:
     )
     pods = PodRoom(room, Networks(config.network), SandboxTable())
     puller = Puller(config.image, images, layers, operations)
-    return Node(config, facts, database, workers, puller, pods)
+    return Node(config, facts, database, workers, puller, pods, Meter(room))
 
 
 async def start(node: Node) -> None:

@@ -14,14 +14,19 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc import aio
 
 from crishim.config.settings import ApiSettings
-from crishim.cri import container_verbs, image_verbs, node_verbs, sandbox_verbs
+from crishim.cri import container_verbs, image_verbs, node_verbs, sandbox_verbs, stats_verbs
 from crishim.cri.api import api_pb2
 from crishim.cri.interceptor import Interceptor
 from crishim.cri.node import Node, Verb
 from crishim.cri.stream_verbs import STREAM_VERBS
 from crishim.errors import ConfigError, Unimplemented
 
-RUNTIME_VERBS: Mapping[str, Verb] = {**node_verbs.VERBS, **sandbox_verbs.VERBS, **container_verbs.VERBS}
+RUNTIME_VERBS: Mapping[str, Verb] = {
+    **node_verbs.VERBS,
+    **sandbox_verbs.VERBS,
+    **container_verbs.VERBS,
+    **stats_verbs.VERBS,
+}
 IMAGE_VERBS: Mapping[str, Verb] = image_verbs.VERBS
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from crishim.cri import container_verbs, image_verbs, messages, sandbox_verbs
+from crishim.cri import container_verbs, image_verbs, messages, sandbox_verbs, stats_verbs
 from crishim.cri.api import api_pb2 as pb
 from crishim.cri.node import Node, StreamVerb
 from crishim.errors import ResourceExhausted
@@ -69,6 +69,24 @@ async def stream_images(node: Node, request: pb.StreamImagesRequest) -> AsyncIte
         yield pb.StreamImagesResponse(images=part)
 
 
+async def stream_container_stats(
+    node: Node, request: pb.StreamContainerStatsRequest
+) -> AsyncIterator[pb.StreamContainerStatsResponse]:
+    """ListContainerStats in parts."""
+    found = await stats_verbs.list_container_stats(node, pb.ListContainerStatsRequest(filter=request.filter))
+    for part in parts(list(found.stats)):
+        yield pb.StreamContainerStatsResponse(container_stats=part)
+
+
+async def stream_pod_sandbox_stats(
+    node: Node, request: pb.StreamPodSandboxStatsRequest
+) -> AsyncIterator[pb.StreamPodSandboxStatsResponse]:
+    """ListPodSandboxStats in parts."""
+    found = await stats_verbs.list_pod_sandbox_stats(node, pb.ListPodSandboxStatsRequest(filter=request.filter))
+    for part in parts(list(found.stats)):
+        yield pb.StreamPodSandboxStatsResponse(pod_sandbox_stats=part)
+
+
 async def get_container_events(node: Node, _request: pb.GetEventsRequest) -> AsyncIterator[pb.ContainerEventResponse]:
     """Every event from now on, with the state of its pod at that moment."""
     backlog: asyncio.Queue[pb.ContainerEventResponse | None] = asyncio.Queue()
@@ -106,5 +124,7 @@ STREAM_VERBS: dict[str, StreamVerb] = {
     "StreamPodSandboxes": stream_pod_sandboxes,
     "StreamContainers": stream_containers,
     "StreamImages": stream_images,
+    "StreamContainerStats": stream_container_stats,
+    "StreamPodSandboxStats": stream_pod_sandbox_stats,
     "GetContainerEvents": get_container_events,
 }

@@ -38,6 +38,7 @@ class Request:
 class _Content:
     data: bytes
     media_type: str = "application/octet-stream"
+    digest: str = ""
 
 
 @dataclass
@@ -83,14 +84,14 @@ class Registry:
     def add_blob(self, data: bytes) -> str:
         """Offer content in every repository; the result is its digest."""
         digest = digest_of(data)
-        self._shelf.blobs[digest] = _Content(data)
+        self._shelf.blobs[digest] = _Content(data, digest=digest)
         return digest
 
     def add_manifest(self, repository: str, tag: str, data: bytes, media_type: str) -> str:
         """Offer a manifest or index by tag and by digest; the result is the digest."""
         digest = digest_of(data)
         for reference in (tag, digest):
-            self._shelf.manifests[(repository, reference)] = _Content(data, media_type)
+            self._shelf.manifests[(repository, reference)] = _Content(data, media_type, digest)
         return digest
 
     def __enter__(self) -> Registry:
@@ -152,8 +153,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", content.media_type)
         self.send_header("Content-Length", str(end - start))
         self.send_header("Accept-Ranges", "bytes")
-        if status is not HTTPStatus.NOT_FOUND:
-            self.send_header("Docker-Content-Digest", digest_of(content.data))
+        if content.digest:
+            self.send_header("Docker-Content-Digest", content.digest)
         if status is HTTPStatus.PARTIAL_CONTENT:
             self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content.data)}")
         if status is HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
@@ -170,8 +171,10 @@ def select(wanted: str, length: int) -> tuple[HTTPStatus, tuple[int, int]]:
     if found is None or found.groups() == ("", ""):
         return HTTPStatus.OK, (0, length)
     first, last = found.groups()
+    if first and last and int(last) < int(first):
+        return HTTPStatus.OK, (0, length)
     start = int(first) if first else max(0, length - int(last))
     end = min(int(last) + 1, length) if first and last else length
-    if start >= length or start >= end:
+    if start >= end:
         return HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, (0, 0)
     return HTTPStatus.PARTIAL_CONTENT, (start, end)
