@@ -19,8 +19,6 @@ from crishim.model.records import SandboxRecord
 from crishim.spec import mounts
 from crishim.spec.generate import linux_of
 
-_UNCONFINED = ("", "unconfined")
-
 
 class RROUnsupported(CrishimError):
     """Recursive read-only mounts; the kubelet recognises the prefix (k8s.io/cri-api errors)."""
@@ -68,12 +66,30 @@ def _check_security(security: LinuxContainerSecurityContext, facts: HostFacts) -
     check_selinux(security.selinux_options, facts)
     if security.privileged:
         return  # unconfined whatever the profiles say
-    profile = security.seccomp
-    if profile is not None and profile.profile_type is not ProfileType.Unconfined:
-        raise Unimplemented(f"seccomp profile {profile.profile_type.name} is not supported by this version")
-    if profile is None and security.seccomp_profile_path not in _UNCONFINED:
-        raise Unimplemented(f"seccomp_profile_path {security.seccomp_profile_path!r} is not supported by this version")
+    profile = seccomp_profile(security)
+    if profile is not None and not facts.seccomp:
+        raise FailedPrecondition(f"seccomp profile {profile.profile_type.name}: the kernel has no seccomp")
     apparmor_profile(security, facts, frozenset())
+
+
+def seccomp_profile(security: LinuxContainerSecurityContext) -> SecurityProfile | None:
+    """The filter that a container asks for, None for none; the typed field counts before the deprecated one."""
+    profile = security.seccomp or _deprecated_seccomp(security.seccomp_profile_path)
+    if profile is None or profile.profile_type is ProfileType.Unconfined or security.privileged:
+        return None
+    if profile.profile_type is ProfileType.Localhost and not profile.localhost_ref.startswith("/"):
+        raise InvalidArgument(f"seccomp localhost_ref {profile.localhost_ref!r} is not an absolute path")
+    return profile
+
+
+def _deprecated_seccomp(text: str) -> SecurityProfile | None:
+    if text in ("", "unconfined"):
+        return None
+    if text in ("runtime/default", "docker/default"):
+        return SecurityProfile(ProfileType.RuntimeDefault)
+    if text.startswith("localhost/"):
+        return SecurityProfile(ProfileType.Localhost, text.removeprefix("localhost/"))
+    raise InvalidArgument(f"seccomp_profile_path {text!r} is neither runtime/default, unconfined nor localhost/PATH")
 
 
 def check_selinux(options: SELinuxOption | None, facts: HostFacts) -> None:

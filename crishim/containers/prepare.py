@@ -8,13 +8,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from crishim.containers.check import apparmor_profile
+from crishim.containers.check import apparmor_profile, seccomp_profile
 from crishim.containers.room import Room
 from crishim.containers.table import ContainerTable
 from crishim.errors import FailedPrecondition, InvalidArgument
+from crishim.host.facts import HostFacts
 from crishim.host.files import read_in_root
 from crishim.host.namespaces import NamespaceKind
-from crishim.model.cri import ContainerConfig, Device, Mount, MountPropagation, NamespaceMode, NamespaceOption
+from crishim.images.manifest import node_architecture
+from crishim.model.cri import (
+    ContainerConfig,
+    Device,
+    LinuxContainerSecurityContext,
+    Mount,
+    MountPropagation,
+    NamespaceMode,
+    NamespaceOption,
+    ProfileType,
+)
 from crishim.model.records import ContainerRecord, ContainerState, ImageRecord, SandboxRecord
 from crishim.spec import generate, oci
 from crishim.spec.mounts import PodFiles
@@ -61,8 +72,23 @@ def inputs(room: Room, plan: Plan, who: Identity) -> generate.Inputs:
         devices=tuple(_all_devices() if security.privileged else _devices(config.devices)),
         pids_limit=room.settings.pids_limit,
         apparmor_profile=apparmor_profile(security, room.facts),
+        seccomp=_seccomp(security, room.facts),
         annotations=_annotations(plan),
     )
+
+
+def _seccomp(security: LinuxContainerSecurityContext, facts: HostFacts) -> generate.SeccompChoice | None:
+    profile = seccomp_profile(security)
+    if profile is None:
+        return None
+    architecture = node_architecture()
+    if profile.profile_type is ProfileType.RuntimeDefault:
+        return generate.SeccompChoice(architecture, facts.kernel)
+    try:
+        data = Path(profile.localhost_ref).read_bytes()
+    except OSError as err:
+        raise FailedPrecondition(f"cannot read seccomp profile {profile.localhost_ref}: {err.strerror}") from err
+    return generate.SeccompChoice(architecture, facts.kernel, profile.localhost_ref, data)
 
 
 def _pod(room: Room, plan: Plan) -> generate.PodInputs:

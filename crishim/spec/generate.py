@@ -17,7 +17,7 @@ from crishim.model.cri import (
     NamespaceMode,
 )
 from crishim.model.records import ImageConfig
-from crishim.spec import capabilities, mounts, oci, resources
+from crishim.spec import capabilities, mounts, oci, resources, seccomp
 from crishim.spec.user import Identity
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -43,6 +43,16 @@ class HostInputs:
 
 
 @dataclass(frozen=True)
+class SeccompChoice:
+    """Which filter: the default profile, or one read from a file."""
+
+    architecture: str
+    kernel: str
+    file: str = ""
+    data: bytes = b""
+
+
+@dataclass(frozen=True)
 class Inputs:
     """All that decides a container's spec."""
 
@@ -57,6 +67,7 @@ class Inputs:
     """Devices of the host with the access that the container has to each."""
     pids_limit: int = 0
     apparmor_profile: str = ""
+    seccomp: SeccompChoice | None = None
     annotations: Mapping[str, str] | None = None
 
 
@@ -89,9 +100,10 @@ def generate(inputs: Inputs) -> Generated:
         namespaces.append(oci.Namespace("cgroup"))
     masked = [] if security.privileged else security.masked_paths
     readonly = [] if security.privileged else security.readonly_paths
+    process = _process(inputs, wanted, security)
     spec = oci.Spec(
         oci_version=oci.VERSION,
-        process=_process(inputs, wanted, security),
+        process=process,
         root=oci.Root("rootfs", security.readonly_rootfs),
         hostname=inputs.pod.hostname if inputs.pod.namespaces.get("uts") == "" else "",
         mounts=all_mounts,
@@ -104,9 +116,18 @@ def generate(inputs: Inputs) -> Generated:
             masked_paths=masked,
             readonly_paths=readonly,
             rootfs_propagation=mounts.root_propagation(inputs.config.mounts),
+            seccomp=_seccomp(inputs.seccomp, process.capabilities.bounding),
         ),
     )
     return Generated(spec, decided.left_out + _oom_remark(wanted, inputs.host))
+
+
+def _seccomp(choice: SeccompChoice | None, granted: list[str]) -> oci.Seccomp | None:
+    if choice is None:
+        return None
+    if choice.file:
+        return seccomp.from_file(choice.data, choice.file, choice.architecture, granted, choice.kernel)
+    return seccomp.runtime_default(choice.architecture, granted)
 
 
 def _process(inputs: Inputs, wanted: LinuxContainerResources, security: LinuxContainerSecurityContext) -> oci.Process:

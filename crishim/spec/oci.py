@@ -142,6 +142,35 @@ class Resources(Oci, frozen=True):
     unified: dict[str, str] = {}
 
 
+class SeccompArg(Oci, frozen=True, omit_defaults=False):
+    """A condition on an argument of a system call."""
+
+    index: int
+    value: int
+    value_two: int = 0
+    op: str = "SCMP_CMP_EQ"
+
+
+class Syscall(Oci, frozen=True):
+    """What happens to some system calls."""
+
+    names: list[str]
+    action: str
+    args: list[SeccompArg] = []
+    errno_ret: int | None = None
+
+
+class Seccomp(Oci, frozen=True):
+    """A system call filter."""
+
+    default_action: str
+    architectures: list[str] = []
+    syscalls: list[Syscall] = []
+    default_errno_ret: int | None = None
+    flags: list[str] = []
+    listener_path: str = ""
+
+
 class Linux(Oci, frozen=True):
     """The Linux part."""
 
@@ -152,6 +181,7 @@ class Linux(Oci, frozen=True):
     masked_paths: list[str] = []
     readonly_paths: list[str] = []
     rootfs_propagation: str = ""
+    seccomp: Seccomp | None = None
 
 
 class Spec(Oci, frozen=True):
