@@ -16,6 +16,7 @@ from crishim.model.cri import (
     SELinuxOption,
 )
 from crishim.model.records import SandboxRecord
+from crishim.runtimes.features import Features
 from crishim.spec import mounts
 from crishim.spec.generate import linux_of
 
@@ -27,7 +28,7 @@ class RROUnsupported(CrishimError):
         return f"RROUnsupported: {super().__str__()}"
 
 
-def check(config: ContainerConfig, sandbox: SandboxRecord, facts: HostFacts) -> None:
+def check(config: ContainerConfig, sandbox: SandboxRecord, facts: HostFacts, features: Features) -> None:
     """Refuse ``config`` with an error that names the field."""
     if config.metadata is None or not config.metadata.name:
         raise InvalidArgument("config.metadata.name is empty")
@@ -40,7 +41,7 @@ def check(config: ContainerConfig, sandbox: SandboxRecord, facts: HostFacts) -> 
     if config.working_dir and not config.working_dir.startswith("/"):
         raise InvalidArgument(f"working_dir {config.working_dir!r} is not absolute")
     for mount in config.mounts:
-        _check_mount(mount)
+        _check_mount(mount, recursive_read_only=features.recursive_read_only(facts.kernel))
     _, security = linux_of(config)
     _check_security(security, facts)
     _check_privileged(security, sandbox)
@@ -52,12 +53,12 @@ def _check_log_path(path: str) -> None:
         raise InvalidArgument(f"log_path {path!r} leads out of the sandbox's log directory")
 
 
-def _check_mount(mount: Mount) -> None:
+def _check_mount(mount: Mount, *, recursive_read_only: bool) -> None:
     if mount.image is not None and (mount.image.image or mount.image_sub_path):
         raise Unimplemented(f"image volumes (mount {mount.container_path}) are not supported by this version")
     mounts.check(mount)
-    if mount.recursive_read_only:
-        raise RROUnsupported(f"recursive_read_only of mount {mount.container_path} is not supported by this version")
+    if mount.recursive_read_only and not recursive_read_only:
+        raise RROUnsupported(f"mount {mount.container_path}: the OCI runtime or the kernel cannot do it")
     if mount.uidMappings or mount.gidMappings:
         raise Unimplemented(f"id mappings of mount {mount.container_path} are not supported by this version")
 

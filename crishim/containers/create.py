@@ -43,7 +43,7 @@ CREATE_SECONDS = 240.0
 
 async def create(room: Room, sandbox: SandboxRecord, config: ContainerConfig) -> str:
     """Create the container; the result is its ID. On failure nothing of it stays."""
-    check(config, sandbox, room.facts)
+    check(config, sandbox, room.facts, room.handlers.get(sandbox.handler).features)
     if sandbox.state is not SandboxState.READY:
         raise FailedPrecondition(f"pod sandbox {sandbox.id} is not ready")
     assert config.image is not None

@@ -112,6 +112,7 @@ async def start(node: Node) -> None:
     """Take up what the database knows, as the kernel shows it."""
     become_subreaper()
     room, store = node.containers, node.containers.store
+    await room.handlers.probe()
     rebooted = await asyncio.to_thread(_boot_changed, node)
     lost = await asyncio.to_thread(lambda: room.layers.load(after_crash_of_host=rebooted))
     await room.layers.forget(lost)

@@ -38,10 +38,16 @@ async def status(node: Node, request: pb.StatusRequest) -> pb.StatusResponse:
                 _condition("NetworkReady", network, "NetworkPluginNotReady"),
             ]
         ),
-        runtime_handlers=[pb.RuntimeHandler(name=name, features=pb.RuntimeHandlerFeatures()) for name in names],
+        runtime_handlers=[_handler(node, name) for name in names],
         features=pb.RuntimeFeatures(supplemental_groups_policy=True),
         info=_info(node) if request.verbose else {},
     )
+
+
+def _handler(node: Node, name: str) -> pb.RuntimeHandler:
+    features = node.containers.handlers.get(name).features
+    recursive = features.recursive_read_only(node.facts.kernel)
+    return pb.RuntimeHandler(name=name, features=pb.RuntimeHandlerFeatures(recursive_read_only_mounts=recursive))
 
 
 def _network_problem(node: Node) -> str:

@@ -21,6 +21,7 @@ from crishim.host import process
 from crishim.host.pidfd import wait_readable
 from crishim.observe.timeline import step
 from crishim.runtimes.conmon import reason
+from crishim.runtimes.features import Features
 from crishim.spec.oci import Process, Resources
 
 COMMAND_SECONDS = 120.0
@@ -43,6 +44,8 @@ class OciRuntime:
     def __init__(self, name: str, settings: HandlerSettings, root: Path, *, systemd_cgroup: bool) -> None:
         self.name = name
         self.path = settings.path
+        self.features = Features()
+        """What the runtime said of itself; :meth:`crishim.runtimes.handlers.Handlers.probe` asks."""
         self.arguments = (f"--root={root}", *settings.args, *(["--systemd-cgroup"] if systemd_cgroup else []))
         self._root = root
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Mapping
 
@@ -9,6 +10,7 @@ from crishim.config.paths import Paths
 from crishim.config.settings import RuntimeSettings, effective_handlers
 from crishim.errors import InvalidArgument
 from crishim.runtimes.driver import OciRuntime
+from crishim.runtimes.features import probe
 
 
 class Handlers:
@@ -20,6 +22,12 @@ class Handlers:
             name: OciRuntime(name, handler, paths.runtime_root(name), systemd_cgroup=systemd_cgroup)
             for name, handler in effective_handlers(settings).items()
         }
+
+    async def probe(self) -> None:
+        """Ask every runtime what it can do."""
+        runtimes = list(self._runtimes.values())
+        for runtime, found in zip(runtimes, await asyncio.gather(*(probe(r.path) for r in runtimes)), strict=True):
+            runtime.features = found
 
     def get(self, name: str) -> OciRuntime:
         """The runtime of a handler; :class:`InvalidArgument` for one that is not configured."""

@@ -66,7 +66,7 @@ def requested_mounts(mounts: list[Mount], sources: Mapping[str, str]) -> list[Oc
             _destination(mount),
             "bind",
             sources[mount.host_path],
-            ["rbind", _PROPAGATION[mount.propagation], "ro" if mount.readonly else "rw"],
+            ["rbind", _PROPAGATION[mount.propagation], _access(mount)],
         )
         for mount in mounts
     ]
@@ -75,6 +75,12 @@ def requested_mounts(mounts: list[Mount], sources: Mapping[str, str]) -> list[Oc
 def _destination(mount: Mount) -> str:
     """The normal form; normpath alone would keep two leading slashes."""
     return posixpath.normpath("/" + mount.container_path.lstrip("/"))
+
+
+def _access(mount: Mount) -> str:
+    if mount.recursive_read_only:
+        return "rro"
+    return "ro" if mount.readonly else "rw"
 
 
 def combine(*groups: list[OciMount]) -> list[OciMount]:
@@ -101,3 +107,7 @@ def check(mount: Mount) -> None:
         raise InvalidArgument("mount container_path '/' would hide the whole container")
     if not mount.host_path.startswith("/"):
         raise InvalidArgument(f"mount host_path {mount.host_path!r} of {mount.container_path} is not absolute")
+    if mount.recursive_read_only and not mount.readonly:
+        raise InvalidArgument(f"mount {mount.container_path} is recursive_read_only but not readonly")
+    if mount.recursive_read_only and mount.propagation is not MountPropagation.PROPAGATION_PRIVATE:
+        raise InvalidArgument(f"mount {mount.container_path} is recursive_read_only, its propagation must be private")
