@@ -15,20 +15,20 @@ _PROBE_SECONDS = 10.0
 _FIRST_KERNEL_WITH_MOUNT_SETATTR = (5, 12)
 
 
-class _IdMap(msgspec.Struct):
+class _IdMap(msgspec.Struct, frozen=True):
     enabled: bool = False
 
 
-class _MountExtensions(msgspec.Struct):
+class _MountExtensions(msgspec.Struct, frozen=True):
     idmap: _IdMap = _IdMap()
 
 
-class _Linux(msgspec.Struct, rename="camel"):
+class _Linux(msgspec.Struct, rename="camel", frozen=True):
     namespaces: list[str] = []
     mount_extensions: _MountExtensions = _MountExtensions()
 
 
-class Features(msgspec.Struct, rename="camel"):
+class Features(msgspec.Struct, rename="camel", frozen=True):
     """The part of the document that decides something here. All empty for a runtime that does not tell."""
 
     mount_options: list[str] = []
