@@ -31,4 +31,4 @@ async def exec_sync(room: Room, container: Container, command: list[str], timeou
     wanted = msgspec.structs.replace(spec, args=command, terminal=False)
     runtime = room.handlers.get(container.record.handler)
     scratch = bundle / f"exec-{secrets.token_hex(8)}"
-    return await runtime.exec_sync(container.record.id, wanted, timeout or None, scratch)
+    return await runtime.exec_sync(container.record.id, msgspec.json.encode(wanted), timeout or None, scratch)

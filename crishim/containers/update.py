@@ -31,7 +31,7 @@ async def update(room: Room, container: Container, wanted: LinuxContainerResourc
             _log.warning("container %s: left out: %s", record.id[:13], remark)
         # huge pages are limited at creation only: OCI runtimes have no way to change that
         changed = msgspec.structs.replace(decided.resources, devices=[], hugepage_limits=[])
-        await room.handlers.get(record.handler).update(record.id, changed)
+        await room.handlers.get(record.handler).update(record.id, msgspec.json.encode(changed))
         updated = msgspec.structs.replace(record, config=_with_resources(record.config, merged))
         await room.store.save_container(updated)
         container.record = updated

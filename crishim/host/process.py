@@ -92,6 +92,7 @@ class Output:
 
 
 Started = subprocess.Popen[bytes]
+PIPE = subprocess.PIPE
 
 
 def start(  # noqa: PLR0913 - it is Popen, for us alone

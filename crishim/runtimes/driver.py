@@ -9,11 +9,8 @@ import asyncio
 import contextlib
 import os
 import signal
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-
-import msgspec
 
 from crishim.config.settings import HandlerSettings
 from crishim.errors import DeadlineExceeded, HostFailure
@@ -22,7 +19,6 @@ from crishim.host.pidfd import wait_readable
 from crishim.observe.timeline import step
 from crishim.runtimes.conmon import reason
 from crishim.runtimes.features import Features
-from crishim.spec.oci import Process, Resources
 
 COMMAND_SECONDS = 120.0
 EXEC_OUTPUT_LIMIT = 16 << 20
@@ -54,10 +50,10 @@ class OciRuntime:
         with step(f"{self.name} start"):
             await self._run("start", container_id)
 
-    async def update(self, container_id: str, resources: Resources) -> None:
-        """Set cgroup limits; what ``resources`` leaves out stays."""
+    async def update(self, container_id: str, resources: bytes) -> None:
+        """Set cgroup limits: the spec's ``resources`` object as JSON; what it leaves out stays."""
         with step(f"{self.name} update"):
-            await self._run("update", "--resources", "-", container_id, stdin=msgspec.json.encode(resources))
+            await self._run("update", "--resources", "-", container_id, stdin=resources)
 
     async def delete(self, container_id: str) -> None:
         """Forget the container and its cgroup, killing what is left in it; one unknown is fine."""
@@ -66,8 +62,10 @@ class OciRuntime:
         with step(f"{self.name} delete"):
             await self._run("delete", "--force", container_id)
 
-    async def exec_sync(self, container_id: str, spec: Process, timeout: float | None, scratch: Path) -> ExecResult:
+    async def exec_sync(self, container_id: str, spec: bytes, timeout: float | None, scratch: Path) -> ExecResult:
         """Run a command in the container to its end; at the timeout its process group is killed.
+
+        ``spec`` is the runtime-spec's ``process`` object as JSON.
 
         The runtime only starts the process (``--detach``): it becomes our child, we are its subreaper. So
         no copy of the runtime waits beside it, and a background child that keeps the output open cannot
@@ -76,7 +74,7 @@ class OciRuntime:
         scratch.mkdir(parents=True, exist_ok=True)
         spec_file, pid_file = scratch / "process.json", scratch / "pid"
         try:
-            spec_file.write_bytes(msgspec.json.encode(spec))
+            spec_file.write_bytes(spec)
             command = [
                 self.path, *self.arguments, "exec", "--detach",
                 "--process", str(spec_file), "--pid-file", str(pid_file), container_id,
@@ -108,7 +106,7 @@ class _Exec:
         self._pid = 0
 
     async def run(self) -> ExecResult:
-        started = process.start(self._command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        started = process.start(self._command, stdout=process.PIPE, stderr=process.PIPE)
         async with process.collecting(started, EXEC_OUTPUT_LIMIT) as output:
             try:
                 async with asyncio.timeout(self._timeout):
