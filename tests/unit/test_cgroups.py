@@ -78,6 +78,23 @@ def test_hybrid_counts_as_version_1(hybrid: Path) -> None:
     assert hybrid / "systemd" in found.hierarchies()
 
 
+def test_files_are_no_controllers(v1: Path) -> None:
+    """Whatever else lies there."""
+    (v1 / "README").touch()
+    assert "README" not in cgroupfs(v1).controllers
+    assert v1 / "README" not in cgroupfs(v1).hierarchies()
+
+
+def test_swap(v1: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Version 2 can limit it; version 1 where the kernel was told to account for it."""
+    assert not cgroupfs(v1).swap
+    (v1 / "memory/memory.memsw.limit_in_bytes").touch()
+    assert cgroupfs(v1).swap
+    other = tmp_path_factory.mktemp("v2")
+    (other / "cgroup.controllers").touch()
+    assert cgroupfs(other).swap
+
+
 def test_host_without_cgroups(tmp_path: Path) -> None:
     """Everything is missing, nothing fails."""
     found = cgroupfs(tmp_path / "nothing")
@@ -152,7 +169,19 @@ def test_systemd_parent(v2: Path, given: str) -> None:
 
 @pytest.mark.parametrize(
     "given",
-    ["", "/", "/kubepods/pod1", "kubepods", "a.slice/b", ".slice", "-a.slice", "a--b.slice", "a-.slice", "a:b.slice"],
+    [
+        "",
+        "/",
+        "/kubepods/pod1",
+        "kubepods",
+        "a.slice/b",
+        ".slice",
+        "-a.slice",
+        "a--b.slice",
+        "a-.slice",
+        "a:b.slice",
+        "a\0.slice",
+    ],
 )
 def test_no_systemd_parent(v2: Path, given: str) -> None:
     """What systemd would not take; the message has what was given."""
@@ -163,7 +192,13 @@ def test_no_systemd_parent(v2: Path, given: str) -> None:
 
 @pytest.mark.parametrize(
     ("given", "parent"),
-    [("/kubepods/pod1", "/kubepods/pod1"), ("kubepods/pod1/", "/kubepods/pod1"), ("", "/"), ("/a..b", "/a..b")],
+    [
+        ("/kubepods/pod1", "/kubepods/pod1"),
+        ("kubepods/pod1", "/kubepods/pod1"),
+        ("/kubepods/pod1/", "/kubepods/pod1"),
+        ("", "/"),
+        ("/a..b", "/a..b"),
+    ],
 )
 def test_cgroupfs_parent(v2: Path, given: str, parent: str) -> None:
     """A path, always absolute."""
@@ -184,7 +219,8 @@ def test_paths_of_cgroupfs(v1: Path) -> None:
     assert path == "/kubepods/pod1/crishim-c1"
     assert cgroups.relative_path(path) == "kubepods/pod1/crishim-c1"
     assert cgroups.directory(path, "memory") == v1 / "memory/kubepods/pod1/crishim-c1"
-    assert cgroups.spec_path("/", "c1") == "/crishim-c1"
+    assert cgroups.spec_path("/", "c1") == cgroups.spec_path("", "c1") == "/crishim-c1"
+    assert cgroups.spec_path("/a/", "c1") == "/a/crishim-c1"
 
 
 def test_paths_of_systemd(v2: Path) -> None:
@@ -252,7 +288,7 @@ def test_remove(v1: Path) -> None:
     for controller in ("memory", "pids", "cpu,cpuacct"):
         (v1 / controller / "pods/one/a/b").mkdir(parents=True)
         (v1 / controller / "pods/other").mkdir(parents=True)
-    cgroupfs(v1).remove("/pods/one")
+    cgroupfs(v1).remove("/pods/one/")
     for controller in ("memory", "pids", "cpu,cpuacct"):
         assert [path.name for path in (v1 / controller / "pods").iterdir()] == ["other"]
 

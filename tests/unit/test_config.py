@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from crishim.errors import Code, ConfigError
 CONTRACT: dict[str, Any] = {
     "root": "/var/lib/crishim",
     "state": "/run/crishim",
+    "api.max_message_bytes": 16 << 20,
+    "log.level": "info",
+    "log.format": "text",
     "api.listen": "/run/crishim/crishim.sock",
     "api.stream_address": "127.0.0.1",
     "api.stream_port": 0,
@@ -98,7 +102,7 @@ def test_default_file_is_in_etc() -> None:
 
 def test_a_named_file_must_be_there(file: Path) -> None:
     """--config with a typing error does not quietly start a daemon with the defaults."""
-    with pytest.raises(ConfigError, match="crishim.toml does not exist"):
+    with pytest.raises(ConfigError, match=r"crishim\.toml does not exist"):
         load(file)
 
 
@@ -145,9 +149,7 @@ def test_drop_ins_replace_lists_and_merge_handlers(file: Path) -> None:
         file, "1.toml",
         "[network]\nbin_dirs = ['/c']\n[runtime.handlers.kata]\nargs = ['-v']\n[runtime.handlers.x]\npath = '/x'",
     )  # fmt: skip
-    config = put(
-        file, "[runtime]\ndefault = 'kata'\nhandlers.kata.path = '/k'\n[network]\nbin_dirs = ['/a', '/b']\n"
-    )
+    config = put(file, "[runtime]\ndefault = 'kata'\nhandlers.kata.path = '/k'\n[network]\nbin_dirs = ['/a', '/b']\n")
     assert config.network.bin_dirs == ["/c"]
     assert config.runtime.handlers == {"kata": HandlerSettings("/k", ["-v"]), "x": HandlerSettings("/x", [])}
 
@@ -304,10 +306,28 @@ def test_unreadable_drop_in(file: Path) -> None:
 )
 def test_bad_values_are_refused(file: Path, text: str, key: str) -> None:
     """With the key, and the value where there is one to show."""
-    with pytest.raises(ConfigError, match=f"^{key}") as caught:
+    with pytest.raises(ConfigError, match=f"^{re.escape(key)} ") as caught:
         put(file, text)
     assert caught.value.code is Code.INVALID_ARGUMENT
     assert not str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("key", "good"),
+    [
+        ("runtime.cgroup_manager", ["auto", "cgroupfs", "systemd"]),
+        ("log.level", ["debug", "info", "warning", "error"]),
+        ("log.format", ["text", "json"]),
+        ("api.stream_port", [0, 1, 65535]),
+        ("image.parallel_layers", [1]),
+        ("network.plugin_timeout", [0.1]),
+    ],
+)
+def test_good_values(file: Path, key: str, good: list[Any]) -> None:
+    """All that the documentation allows."""
+    file.write_text("")
+    for item in good:
+        assert value(load(file, {key: item}), key) == item
 
 
 def test_default_handler_must_be_known(file: Path, no_programs: Path) -> None:
@@ -321,9 +341,7 @@ def test_default_handler_must_be_known(file: Path, no_programs: Path) -> None:
 def test_handlers_are_found_on_path(file: Path, no_programs: Path) -> None:
     """runc and crun where they are installed; a configured path wins, arguments stay."""
     runc, kata = program(no_programs, "runc"), program(no_programs, "kata")
-    config = put(
-        file, "[runtime.handlers.kata]\nargs = ['-x']\n[runtime.handlers.crun]\npath = '/opt/crun'\n"
-    )
+    config = put(file, "[runtime.handlers.kata]\nargs = ['-x']\n[runtime.handlers.crun]\npath = '/opt/crun'\n")
     assert effective_handlers(config.runtime) == {
         "kata": HandlerSettings(kata, ["-x"]),
         "crun": HandlerSettings("/opt/crun"),

@@ -141,8 +141,8 @@ def test_sources_are_found() -> None:
 
 
 def test_every_module_is_in_a_room() -> None:
-    """A new room is put into the order first."""
-    assert not [name for name in SOURCES if room(name) is None and name != "crishim"]
+    """A new room is put into the order first; beside the rooms there is only what starts the command."""
+    assert not [name for name in SOURCES if room(name) is None and name not in ("crishim", "crishim.__main__")]
 
 
 def test_imports_go_down() -> None:
@@ -237,5 +237,7 @@ def test_everything_public_has_a_docstring() -> None:
 
 def test_missing_docstrings_are_seen() -> None:
     """At each level; what is private needs none."""
-    source = "class A:\n    '''A.'''\n    def f(self): pass\n    def _g(self): pass\nasync def h(): pass\nclass _B: pass"
+    source = (
+        "class A:\n    '''A.'''\n    def f(self): pass\n    def _g(self): pass\nasync def h(): pass\nclass _B: pass"
+    )
     assert undocumented("m", ast.parse(source)) == ["m", "m.A.f", "m.h"]

@@ -26,7 +26,6 @@ from crishim.model.cri import (
 from crishim.model.records import ImageConfig
 from crishim.spec import oci
 from crishim.spec.generate import (
-    DEFAULT_PATH,
     HostInputs,
     Inputs,
     PodInputs,
@@ -248,7 +247,8 @@ def test_environment_order() -> None:
     config = ContainerConfig(envs=[KeyValue("B", b"pod"), KeyValue("C", b"1"), KeyValue("C", b"2"), KeyValue("Z", b"")])
     image = ImageConfig(env=["A=image", "B=image", "EMPTY=", "EQ=a=b"])
     assert environment(config, image, "host", "/home") == [
-        f"PATH={DEFAULT_PATH}", "HOSTNAME=host", "A=image", "B=pod", "EMPTY=", "EQ=a=b", "C=2", "Z=", "HOME=/home"
+        "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOSTNAME=host",
+        "A=image", "B=pod", "EMPTY=", "EQ=a=b", "C=2", "Z=", "HOME=/home",
     ]  # fmt: skip
 
 
@@ -269,7 +269,10 @@ def test_term_only_with_a_terminal() -> None:
 
 def test_environment_of_an_image_may_be_malformed() -> None:
     """Entries without a name or a value are not variables."""
-    assert environment(ContainerConfig(), ImageConfig(env=["", "=x", "ALONE", "A=1"]), "h", "/")[2:] == ["A=1", "HOME=/"]
+    assert environment(ContainerConfig(), ImageConfig(env=["", "=x", "ALONE", "A=1"]), "h", "/")[2:] == [
+        "A=1",
+        "HOME=/",
+    ]
 
 
 def test_environment_values_are_bytes() -> None:
@@ -281,7 +284,9 @@ def test_environment_values_are_bytes() -> None:
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("pair", [KeyValue("", b"x"), KeyValue("A=B", b"x"), KeyValue("A\0", b"x"), KeyValue("A", b"x\0y")])
+@pytest.mark.parametrize(
+    "pair", [KeyValue("", b"x"), KeyValue("A=B", b"x"), KeyValue("A\0", b"x"), KeyValue("A", b"x\0y")]
+)
 def test_impossible_environment(pair: KeyValue) -> None:
     """Names that are none and values with a NUL."""
     with pytest.raises(InvalidArgument, match="environment variable"):
@@ -320,6 +325,9 @@ def test_dropping_everything_is_written() -> None:
 def test_ordinary_container() -> None:
     """What is not asked for is not there."""
     spec = encoded(BASE)
+    assert not {"pids", "cpu", "memory"} & spec["linux"]["resources"].keys()
+    assert not {"annotations", "hostname"} & spec.keys()
+    assert "apparmorProfile" not in spec["process"]
     assert spec["root"] == {"path": "rootfs"}
     assert "noNewPrivileges" not in spec["process"]
     assert "terminal" not in spec["process"]
@@ -370,7 +378,12 @@ POD, NODE = NamespaceMode.POD, NamespaceMode.NODE
     ("network", "ipc", "pid", "expected"),
     [
         (POD, POD, "", {"network": "/ns/net", "uts": "/ns/uts", "ipc": "/ns/ipc", "pid": None}),
-        (POD, POD, "/proc/7/ns/pid", {"network": "/ns/net", "uts": "/ns/uts", "ipc": "/ns/ipc", "pid": "/proc/7/ns/pid"}),
+        (
+            POD,
+            POD,
+            "/proc/7/ns/pid",
+            {"network": "/ns/net", "uts": "/ns/uts", "ipc": "/ns/ipc", "pid": "/proc/7/ns/pid"},
+        ),
         (POD, POD, None, {"network": "/ns/net", "uts": "/ns/uts", "ipc": "/ns/ipc"}),
         (NODE, POD, "", {"ipc": "/ns/ipc", "pid": None}),
         (POD, NODE, "", {"network": "/ns/net", "uts": "/ns/uts", "pid": None}),
@@ -452,7 +465,8 @@ def test_limits_that_the_host_cannot_do() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "lowest", "given"), [(-997, -1000, -997), (-997, -500, -500), (0, 100, 100), (500, 100, 500), (-1000, -1000, -1000)]
+    ("wanted", "lowest", "given"),
+    [(-997, -1000, -997), (-997, -500, -500), (0, 100, 100), (500, 100, 500), (-1000, -1000, -1000)],
 )
 def test_oom_score_adj(wanted: int, lowest: int, given: int) -> None:
     """As low as the daemon may; the log says so where that is not low enough."""

@@ -46,20 +46,17 @@ def places(mounts: list[OciMount]) -> list[str]:
 
 def test_system_mounts() -> None:
     """The default file systems of the runtime specification; sysfs and cgroups read-only."""
-    by_place = {mount.destination: mount for mount in system_mounts([], privileged=False)}
-    assert {place: mount.type for place, mount in by_place.items()} == {
-        "/proc": "proc",
-        "/dev": "tmpfs",
-        "/dev/pts": "devpts",
-        "/dev/mqueue": "mqueue",
-        "/sys": "sysfs",
-        "/sys/fs/cgroup": "cgroup",
-    }
-    for place in ("/proc", "/dev/mqueue", "/sys", "/sys/fs/cgroup"):
-        assert {"nosuid", "noexec", "nodev"} <= set(by_place[place].options)
-    assert "ro" in by_place["/sys"].options
-    assert "ro" in by_place["/sys/fs/cgroup"].options
-    assert {"newinstance", "ptmxmode=0666", "mode=0620", "gid=5"} <= set(by_place["/dev/pts"].options)
+    assert system_mounts([], privileged=False) == [
+        OciMount("/proc", "proc", "proc", ["nosuid", "noexec", "nodev"]),
+        OciMount("/dev", "tmpfs", "tmpfs", ["nosuid", "strictatime", "mode=755", "size=65536k"]),
+        OciMount(
+            "/dev/pts", "devpts", "devpts",
+            ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+        ),
+        OciMount("/dev/mqueue", "mqueue", "mqueue", ["nosuid", "noexec", "nodev"]),
+        OciMount("/sys", "sysfs", "sysfs", ["nosuid", "noexec", "nodev", "ro"]),
+        OciMount("/sys/fs/cgroup", "cgroup", "cgroup", ["nosuid", "noexec", "nodev", "relatime", "ro"]),
+    ]  # fmt: skip
 
 
 def test_system_mounts_of_a_privileged_container() -> None:
@@ -71,14 +68,13 @@ def test_system_mounts_of_a_privileged_container() -> None:
 
 
 def test_pod_mounts() -> None:
-    """Shared memory, resolv.conf and hostname of the pod."""
-    mounts = pod_mounts(FILES, readonly_root=False)
-    assert {mount.destination: (mount.type, mount.source) for mount in mounts} == {
-        "/dev/shm": ("bind", "/pod/shm"),
-        "/etc/resolv.conf": ("bind", "/pod/resolv.conf"),
-        "/etc/hostname": ("bind", "/pod/hostname"),
-    }
-    assert all("rw" in mount.options for mount in mounts)
+    """Shared memory, resolv.conf and hostname of the pod: no devices, programs or set-user-ID bits in them."""
+    options = ["rbind", "rw", "nosuid", "nodev", "noexec"]
+    assert pod_mounts(FILES, readonly_root=False) == [
+        OciMount("/dev/shm", "bind", "/pod/shm", options),
+        OciMount("/etc/resolv.conf", "bind", "/pod/resolv.conf", options),
+        OciMount("/etc/hostname", "bind", "/pod/hostname", options),
+    ]
 
 
 def test_pod_mounts_with_a_read_only_root() -> None:
@@ -106,7 +102,9 @@ def test_requested_mounts(propagation: tuple[MountPropagation, str], readonly: b
     ]
 
 
-@pytest.mark.parametrize("spelling", ["/etc/resolv.conf", "/etc/resolv.conf/", "//etc//./resolv.conf", "/a/../etc/resolv.conf"])
+@pytest.mark.parametrize(
+    "spelling", ["/etc/resolv.conf", "/etc/resolv.conf/", "//etc//./resolv.conf", "/a/../etc/resolv.conf"]
+)
 def test_requested_mount_replaces_that_of_the_pod(spelling: str) -> None:
     """However the path is written."""
     found = everything(Mount(container_path=spelling, host_path="/mine"))
@@ -180,7 +178,7 @@ def test_root_propagation(kinds: list[MountPropagation], wanted: str) -> None:
 @pytest.mark.parametrize("path", ["", "data", "./data", "/", "//", "///", "/.", "/..", "/a/.."])
 def test_impossible_container_paths(path: str) -> None:
     """Relative ones, and the root itself in any spelling."""
-    with pytest.raises(InvalidArgument, match="container_path"):
+    with pytest.raises(InvalidArgument, match=r"container_path '.*' (is not absolute|would hide the whole container)$"):
         check(Mount(container_path=path, host_path="/x"))
 
 

@@ -59,7 +59,11 @@ def test_single_settings() -> None:
 
 @pytest.mark.parametrize(
     ("controller", "field", "remark"),
-    [("memory", "memory", "memory limit"), ("pids", "pids", "pids limit"), ("hugetlb", "hugepage_limits", "hugepage limits")],
+    [
+        ("memory", "memory", "memory limit"),
+        ("pids", "pids", "pids limit"),
+        ("hugetlb", "hugepage_limits", "hugepage limits"),
+    ],
 )
 def test_missing_controller(controller: str, field: str, remark: str) -> None:
     """Its limit is left out and named, the rest stays."""
@@ -104,6 +108,11 @@ def test_unified_on_version_1() -> None:
 def test_no_pids_limit(limit: int) -> None:
     """Then the pod's holds; 0 must not become a limit of no process at all."""
     assert ask(Wanted(), V2, limit).resources.pids is None
+
+
+def test_smallest_pids_limit() -> None:
+    """One process."""
+    assert ask(Wanted(), V2, 1).resources.pids == oci.Pids(1)
 
 
 def test_device_rules_are_passed_on() -> None:
