@@ -89,7 +89,7 @@ class Networks:
         kind = str(plugin["type"])
         program = find_plugin(kind, self._settings.bin_dirs)
         if program is None:
-            raise ConfigError(f"cni plugin {kind} is not in {', '.join(self._settings.bin_dirs)}")
+            raise HostFailure(f"cni plugin {kind} is not in {', '.join(self._settings.bin_dirs)}")
         call = process.Command(
             [str(program)],
             stdin=attachment.config.plugin_input(plugin, attachment.capability_args, previous),

@@ -103,10 +103,12 @@ async def update_container_resources(
 
 
 async def exec_in_container(node: Node, request: pb.ExecSyncRequest) -> pb.ExecSyncResponse:
-    """Run a command to its end."""
+    """Run a command to its end; of its output what fits one answer."""
     container = node.containers.table.get(_id(request.container_id))
     result = await exec_sync(node.containers, container, list(request.cmd), float(request.timeout))
-    return pb.ExecSyncResponse(stdout=result.stdout, stderr=result.stderr, exit_code=result.exit_code)
+    room = node.config.api.max_message_bytes - 1024  # bytes for all but the output
+    stdout = result.stdout[:room]
+    return pb.ExecSyncResponse(stdout=stdout, stderr=result.stderr[: room - len(stdout)], exit_code=result.exit_code)
 
 
 def _id(given: str, field: str = "container_id") -> str:

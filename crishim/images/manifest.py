@@ -85,7 +85,7 @@ class ConfigFile(msgspec.Struct, frozen=True):
 class _Kind(msgspec.Struct, rename="camel"):
     media_type: str = ""
     schema_version: int = 0
-    manifests: msgspec.Raw | None = None
+    manifests: list[msgspec.Raw] | None = None
 
 
 @dataclass(frozen=True)

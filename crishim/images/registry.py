@@ -124,12 +124,12 @@ class Repository:
         try:
             if response.status == 401:
                 self._authenticate(response)
-                response.release_conn()
+                response.close()
                 response = self._get(what, headers or {})
             self._check(response, what)
             yield response
         finally:
-            response.release_conn() if response.closed else response.close()
+            response.close()  # a connection that was read to its end is back in the pool by now
 
     def _get(self, what: str, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
         if self._authorization:

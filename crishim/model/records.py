@@ -62,12 +62,16 @@ class LayerRecord(Value, frozen=True):
 
 
 class SandboxState(enum.StrEnum):
-    """How far a sandbox is. ``creating`` and ``removing`` exist so that a restart can finish or undo them."""
+    """How far a sandbox is. ``creating`` and ``removing`` exist so that a restart can finish or undo them.
+
+    ``lingering`` is gone for clients, its name is free, but its network has not let go yet.
+    """
 
     CREATING = "creating"
     READY = "ready"
     NOTREADY = "notready"
     REMOVING = "removing"
+    LINGERING = "lingering"
 
 
 class NetworkRecord(Value, frozen=True):
@@ -79,6 +83,8 @@ class NetworkRecord(Value, frozen=True):
     result: str = ""
     """The last plugin's result, as JSON; empty while ADD runs."""
     ips: list[str] = []
+    failures: int = 0
+    """How often DEL has failed."""
 
 
 class ProcessRecord(Value, frozen=True):

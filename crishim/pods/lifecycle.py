@@ -17,7 +17,14 @@ from crishim.host import namespaces
 from crishim.host.files import remove_tree
 from crishim.host.mounts import unmount
 from crishim.host.pidfd import ProcessHandle
-from crishim.model.records import ContainerState, SandboxRecord, SandboxState, container_name, sandbox_name
+from crishim.model.records import (
+    ContainerState,
+    NetworkRecord,
+    SandboxRecord,
+    SandboxState,
+    container_name,
+    sandbox_name,
+)
 from crishim.observe.timeline import step
 from crishim.pods import network
 from crishim.pods.room import Room
@@ -30,6 +37,8 @@ STOP_CONTAINER_SECONDS = 0.0
 """Grace for containers that still run when their pod is stopped: the CRI wants them forcibly ended."""
 
 _DETACH_DELAYS = (1.0, 5.0, 30.0)
+_DETACH_ATTEMPTS = 3
+_LINGER_SECONDS = 60.0
 
 
 async def stop(room: Room, sandbox: Sandbox) -> None:
@@ -66,14 +75,29 @@ async def _all(*works: Coroutine[None, None, None]) -> None:
 
 
 async def _detach(room: Room, sandbox: Sandbox) -> None:
-    """Give back the network; one that does not let go is kept on record and tried again."""
+    """Give back the network. One that does not let go stays on record; it stops nobody for ever.
+
+    The first failures are the caller's, who will try again; then the pod goes on without its network's
+    consent, which is sought behind the scenes (containerd#8774 is what happens otherwise).
+    """
     record = sandbox.record
     if record.network is None or not record.network.config:
         return
-    with step("pod network"):
-        await network.detach(room.networks, room.containers.paths, record)
-    released = msgspec.structs.replace(record.network, config="", result="")
-    await _save(room, sandbox, msgspec.structs.replace(record, network=released))
+    try:
+        with step("pod network"):
+            await network.detach(room.networks, room.containers.paths, record)
+    except CrishimError as err:
+        failed = msgspec.structs.replace(record.network, failures=record.network.failures + 1)
+        await _save(room, sandbox, msgspec.structs.replace(record, network=failed))
+        if failed.failures < _DETACH_ATTEMPTS:
+            raise
+        _log.error("pod sandbox %s goes on without its network's release: %s", record.id, err)
+        return
+    await _save(room, sandbox, msgspec.structs.replace(record, network=_released(record.network)))
+
+
+def _released(used: NetworkRecord) -> NetworkRecord:
+    return msgspec.structs.replace(used, config="", result="")
 
 
 async def _save(room: Room, sandbox: Sandbox, record: SandboxRecord) -> None:
@@ -138,12 +162,37 @@ async def _remove(room: Room, sandbox: Sandbox) -> None:
     left = room.containers.table.of_sandbox(sandbox.record.id)
     await _all(*(containers.remove(room.containers, container) for container in left))
     async with sandbox.lock:
-        await _save(room, sandbox, msgspec.structs.replace(sandbox.record, state=SandboxState.REMOVING))
-        await tear_down(room, sandbox.record)
-        await room.containers.store.drop_sandbox(sandbox.record.id)
-        room.table.drop(sandbox.record.id)
+        if sandbox.record.network is not None and sandbox.record.network.config:
+            await _linger(room, sandbox)
+        else:
+            await _save(room, sandbox, msgspec.structs.replace(sandbox.record, state=SandboxState.REMOVING))
+            await tear_down(room, sandbox.record)
+            await room.containers.store.drop_sandbox(sandbox.record.id)
+            room.table.drop(sandbox.record.id)
         room.undelivered.pop(sandbox_name(sandbox.record.config), None)
     tell(room, EventKind.DELETED, sandbox.record.id)
+
+
+async def _linger(room: Room, sandbox: Sandbox) -> None:
+    """Remove all but the network, which has refused often enough; go on asking it until it lets go."""
+    record = msgspec.structs.replace(sandbox.record, state=SandboxState.LINGERING)
+    await room.containers.store.linger_sandbox(record)
+    sandbox.record = record
+    await asyncio.to_thread(_remove_files, room, record)
+    room.containers.operations.spawn(("detach", record.id), lambda: _outlast(room, record), patient=True)
+
+
+async def _outlast(room: Room, record: SandboxRecord) -> None:
+    while True:
+        await asyncio.sleep(_LINGER_SECONDS)
+        try:
+            await network.detach(room.networks, room.containers.paths, record)
+        except CrishimError as err:
+            _log.warning("the network of the removed pod sandbox %s is not released: %s", record.id, err)
+            continue
+        await room.containers.store.drop_sandbox(record.id)
+        room.table.drop(record.id)
+        return
 
 
 def tell(room: Room, kind: EventKind, sandbox_id: str) -> None:
@@ -180,6 +229,8 @@ async def recover(room: Room, record: SandboxRecord) -> None:
     room.table.add(sandbox)
     if record.state in (SandboxState.CREATING, SandboxState.REMOVING):
         room.containers.operations.spawn(("remove pod", record.id), lambda: _finish_removal(room, sandbox))
+    elif record.state is SandboxState.LINGERING:
+        room.containers.operations.spawn(("detach", record.id), lambda: _outlast(room, record), patient=True)
     elif record.state is SandboxState.READY:
         if record.boot_id != room.containers.facts.boot_id or not _is_whole(room, record):
             await _save(room, sandbox, msgspec.structs.replace(record, state=SandboxState.NOTREADY))

@@ -158,6 +158,6 @@ async def _undo(room: Room, sandbox: Sandbox, err: BaseException) -> None:
         _log.warning("cannot clean up after pod sandbox %s: %s", record.id, failure)
         err.add_note(f"cleaning up failed too: {failure}")
         if isinstance(failure, CrishimError):
-            room.containers.operations.spawn(("detach", record.id), lambda: detach_later(room, record))
+            room.containers.operations.spawn(("detach", record.id), lambda: detach_later(room, record), patient=True)
     await room.containers.store.drop_sandbox(record.id)
     room.table.drop(record.id)

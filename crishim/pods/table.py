@@ -10,6 +10,8 @@ from crishim.errors import NotFound
 from crishim.model.records import SandboxRecord, SandboxState, sandbox_name
 from crishim.observe.timeline import Timeline
 
+_HIDDEN = (SandboxState.CREATING, SandboxState.LINGERING)
+
 
 @dataclass(eq=False)
 class Sandbox:
@@ -63,9 +65,7 @@ class SandboxTable:
         if found is None and sandbox_id:
             matching = [item for key, item in self._items.items() if key.startswith(sandbox_id)]
             found = matching[0] if len(matching) == 1 else None
-        if found is not None and found.record.state is SandboxState.CREATING:
-            return None
-        return found
+        return found if found is not None and found.record.state not in _HIDDEN else None
 
     def get(self, sandbox_id: str) -> Sandbox:
         """Like :meth:`find`; :class:`NotFound` if there is none."""
@@ -75,15 +75,16 @@ class SandboxTable:
         return found
 
     def named(self, name: str) -> Sandbox | None:
-        """The sandbox of this name, whatever its state."""
-        return next((item for item in self._items.values() if sandbox_name(item.record.config) == name), None)
+        """The sandbox that has this name."""
+        owners = (item for item in self._items.values() if item.record.state is not SandboxState.LINGERING)
+        return next((item for item in owners if sandbox_name(item.record.config) == name), None)
 
     def select(self, wanted: SandboxFilter) -> list[SandboxRecord]:
         """The records that match, oldest first."""
         return [
             item.record
             for item in self._items.values()
-            if item.record.state is not SandboxState.CREATING and wanted.matches(item.record)
+            if item.record.state not in _HIDDEN and wanted.matches(item.record)
         ]
 
     def all(self) -> Iterable[Sandbox]:

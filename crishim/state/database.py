@@ -117,6 +117,8 @@ def _lock(path: Path) -> int:
 
 def _open(path: Path) -> sqlite3.Connection:
     try:
+        # a file that cannot be written is found now, not at the first pod; its mode is that of the log as well
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
             _set_up(connection, path)
@@ -145,9 +147,6 @@ def _set_up(connection: sqlite3.Connection, path: Path) -> None:
     connection.execute("PRAGMA journal_mode=WAL")  # from here on the file may change
     connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA foreign_keys=ON")
-    connection.execute("BEGIN IMMEDIATE")
-    connection.execute(f"PRAGMA user_version={version}")  # a read-only file is found now, not at the first pod
-    connection.execute("ROLLBACK")
     for number in range(version, len(MIGRATIONS)):
         _log.info("migrating the database to version %d", number + 1)
         connection.executescript(f"BEGIN IMMEDIATE; {MIGRATIONS[number]} PRAGMA user_version={number + 1}; COMMIT;")

@@ -21,6 +21,7 @@ class Operations:
 
     def __init__(self) -> None:
         self._running: dict[Hashable, asyncio.Task[Any]] = {}
+        self._patient: set[asyncio.Task[Any]] = set()
         self._waiting: Counter[Hashable] = Counter()
 
     async def join(self, key: Hashable, start: Callable[[], Awaitable[T]], *, abandon: bool = False) -> T:
@@ -48,8 +49,11 @@ class Operations:
             if not self._waiting[key]:
                 del self._waiting[key]
 
-    def spawn(self, key: Hashable, start: Callable[[], Awaitable[T]]) -> asyncio.Task[T]:
-        """Start the operation ``key`` without waiting for it; it must not be under way."""
+    def spawn(self, key: Hashable, start: Callable[[], Awaitable[T]], *, patient: bool = False) -> asyncio.Task[T]:
+        """Start the operation ``key`` without waiting for it; it must not be under way.
+
+        A ``patient`` one mostly waits and can be done by a later daemon as well: :meth:`settle` ends it.
+        """
 
         async def body() -> T:
             with OPERATIONS.track_inprogress():
@@ -57,6 +61,9 @@ class Operations:
 
         task = asyncio.create_task(body(), name=_describe(key), context=contextvars.copy_context())
         self._running[key] = task
+        if patient:
+            self._patient.add(task)
+            task.add_done_callback(self._patient.discard)
         task.add_done_callback(lambda done: self._finish(key, done))
         return task
 
@@ -79,6 +86,8 @@ class Operations:
 
     async def settle(self) -> None:
         """Wait until nothing is under way, including what is started meanwhile."""
+        for task in self._patient:
+            task.cancel()
         while self._running:
             await asyncio.wait(list(self._running.values()))
 

@@ -67,6 +67,10 @@ class Store:
         """Update."""
         await self._db.execute(("UPDATE sandboxes SET record=? WHERE id=?", (_encode(record), record.id)))
 
+    async def linger_sandbox(self, record: SandboxRecord) -> None:
+        """Update, and free the name."""
+        await self._db.execute(("UPDATE sandboxes SET name=id, record=? WHERE id=?", (_encode(record), record.id)))
+
     async def drop_sandbox(self, sandbox_id: str) -> None:
         """Delete: frees the name."""
         await self._db.execute(("DELETE FROM sandboxes WHERE id=?", (sandbox_id,)))
