@@ -80,7 +80,7 @@ class Networks:
         for plugin in reversed(attachment.config.plugins):
             try:
                 await self._run("DEL", attachment, plugin, previous)
-            except (HostFailure, DeadlineExceeded, ConfigError) as err:
+            except (HostFailure, DeadlineExceeded) as err:
                 failure = failure or err
         if failure is not None:
             raise failure

@@ -250,7 +250,7 @@ async def test_missing_plugin(node: Node) -> None:
     """Named, with where it was looked for."""
     node.answering("bridge", result("10.0.0.1/24"))
     error = await failure(lambda: node.networks().add(attachment("bridge", "portmap")))
-    assert isinstance(error, ConfigError)
+    assert isinstance(error, HostFailure)
     assert str(error) == f"cni plugin portmap is not in {node.bin}"
 
 
