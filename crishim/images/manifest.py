@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -30,6 +31,7 @@ _LAYERS = (
     "application/vnd.docker.image.rootfs.diff.tar",
     "application/vnd.docker.image.rootfs.diff.tar.gzip",
 )
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha384:[0-9a-f]{96}|sha512:[0-9a-f]{128}")
 MAX_LAYERS = 127  # overlayfs takes 500, Docker and containers/storage build no more than this
 
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "ppc64le": "ppc64le", "s390x": "s390x"}
@@ -155,6 +157,9 @@ def read_manifest(document: Document) -> Manifest:
         raise BadImage(f"the manifest is an artifact of type {manifest.config.media_type!r}, not a container image")
     if len(manifest.layers) > MAX_LAYERS:
         raise BadImage(f"the image has {len(manifest.layers)} layers, more than {MAX_LAYERS}")
+    for part in (manifest.config, *manifest.layers):
+        if not _DIGEST.fullmatch(part.digest):
+            raise BadImage(f"the manifest refers to {part.digest!r}, which is no digest that can be verified")
     for layer in manifest.layers:
         if layer.size < 0:
             raise BadImage(f"layer {layer.digest} has a negative size")

@@ -278,5 +278,5 @@ def _cause(err: BaseException) -> str:
     reason = getattr(err, "reason", None)
     if isinstance(reason, BaseException):
         return _cause(reason)
-    text = str(err).rpartition(": ")[2].strip("()'\" ") or type(err).__name__
+    text = str(err).rpartition(": ")[2].strip("()'\". ") or type(err).__name__
     return text[:1].lower() + text[1:]

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -210,16 +211,16 @@ class _Child:
                 os.close(fd)
 
 
-async def _attend(child: _Child, feeding: asyncio.Future[None]) -> Report:
+async def _attend(child: _Child, feeding: asyncio.Future[bool]) -> Report:
     await asyncio.wait((child.report, feeding), return_when=asyncio.FIRST_COMPLETED)
     if feeding.done() and _fault(feeding) is not None:
         child.kill()  # what it has unpacked so far is not what was asked for
     await asyncio.wait((child.report, feeding))
     fault = _fault(feeding)
-    if fault is not None and not isinstance(fault, BrokenPipeError):
+    if fault is not None:
         raise fault
     report = _report(child.report.result())
-    if fault is not None:
+    if not feeding.result():
         raise HostFailure("the unpack worker answered before it had read the layer")
     return report
 
@@ -231,7 +232,7 @@ def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[i
     return read, write
 
 
-def _start_feeding(pumps: Executor, pump: Pump, fd: int) -> asyncio.Future[None]:
+def _start_feeding(pumps: Executor, pump: Pump, fd: int) -> asyncio.Future[bool]:
     try:
         feeding = asyncio.get_running_loop().run_in_executor(pumps, _feed, pump, fd)
     except RuntimeError as err:
@@ -242,14 +243,26 @@ def _start_feeding(pumps: Executor, pump: Pump, fd: int) -> asyncio.Future[None]
     return feeding
 
 
-def _feed(pump: Pump, fd: int) -> None:
+def _feed(pump: Pump, fd: int) -> bool:
+    """Whether the pump has written everything: the worker may have left before."""
     try:
         pump(fd)
+    except BrokenPipeError:
+        if _has_reader(fd):
+            raise  # from a connection of the pump's own
+        return False
     finally:
         os.close(fd)
+    return True
 
 
-def _fault(feeding: asyncio.Future[None]) -> BaseException | None:
+def _has_reader(pipe: int) -> bool:
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return not poll.poll(0)
+
+
+def _fault(feeding: asyncio.Future[bool]) -> BaseException | None:
     if feeding.cancelled():
         return HostFailure("the daemon ends: the layer is not read any more")
     return feeding.exception()

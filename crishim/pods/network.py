@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import logging
 from pathlib import Path
@@ -34,9 +35,13 @@ async def attach(networks: Networks, paths: Paths, record: SandboxRecord) -> Net
     """ADD; the result has the pod's addresses."""
     assert record.network is not None
     result = await networks.add(_attachment(paths, record, record.network))
-    ips = result_ips(result, record.network.ifname)
+    pod = f"{record.metadata.namespace}/{record.metadata.name}"
+    try:
+        ips = [str(ipaddress.ip_address(address)) for address in result_ips(result, record.network.ifname)]
+    except (AttributeError, KeyError, TypeError, ValueError) as err:
+        raise HostFailure(f"the pod network gave {pod} a malformed result: {json.dumps(result)[:500]}") from err
     if not ips:
-        raise HostFailure(f"the pod network gave {record.metadata.namespace}/{record.metadata.name} no address")
+        raise HostFailure(f"the pod network gave {pod} no address")
     return msgspec.structs.replace(record.network, result=json.dumps(result), ips=ips)
 
 

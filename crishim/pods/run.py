@@ -98,11 +98,13 @@ async def _make(room: Room, sandbox: Sandbox) -> None:
     paths = room.containers.paths
     with step("namespaces and files"):
         holder = await asyncio.to_thread(_prepare, room, sandbox.record)
-    record = sandbox.record
+    record = sandbox.record = msgspec.structs.replace(sandbox.record, holder=holder)
+    if holder is not None:
+        await room.containers.store.save_sandbox(record)  # so that whoever cleans up after a crash knows of it
     if record.network is not None:
         with step("pod network"):
             record = msgspec.structs.replace(record, network=await network.attach(room.networks, paths, record))
-    record = msgspec.structs.replace(record, holder=holder, state=SandboxState.READY, created_at=time.time_ns())
+    record = msgspec.structs.replace(record, state=SandboxState.READY, created_at=time.time_ns())
     await room.containers.store.save_sandbox(record)
     sandbox.record = record
 

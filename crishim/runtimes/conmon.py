@@ -80,6 +80,8 @@ class Created:
 
 async def create(monitor: Monitor, timeout: float) -> Created:
     """Start conmon, which creates the container; its complaint is raised if it cannot."""
+    if not os.access(monitor.runtime, os.X_OK):  # conmon would not tell
+        raise HostFailure(f"cannot create the container: {monitor.runtime} is not an executable file")
     reader, writer = os.pipe2(os.O_CLOEXEC)
     try:
         environment = {"PATH": os.environ.get("PATH", os.defpath), "_OCI_SYNCPIPE": str(writer)}

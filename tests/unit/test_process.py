@@ -225,6 +225,25 @@ async def test_child_that_goes_on_printing(tmp_path: Path) -> None:
     assert timer.seconds < DRAIN_SECONDS + 1
 
 
+async def test_end_of_the_output_ends_the_wait() -> None:
+    """The drain is only waited for as long as somebody has the output open."""
+    with Timer() as timer:
+        for _ in range(10):
+            assert (await run(sh("echo x"))).stdout == b"x\n"
+    assert timer.seconds < 10 * DRAIN_SECONDS * 0.8
+
+
+async def test_nothing_of_a_program_disturbs_the_next(tmp_path: Path) -> None:
+    """Which gets the same descriptors: those that were still read or written are forgotten by the loop."""
+    pid_file = tmp_path / "pid"
+    for number in range(3):
+        done = await run(sh(f"sleep 60 <&0 & echo $! > {pid_file}", stdin=b"x" * 1_000_000, timeout=20))
+        assert done.returncode == 0
+        os.kill(int(pid_file.read_text()), signal.SIGKILL)
+        data = str(number).encode() * 100_000
+        assert (await run(Command(["/bin/cat"], stdin=data, timeout=20))).stdout == data
+
+
 @pytest.mark.parametrize("size", [1, 65536, 65537, 5_000_000])
 async def test_input(size: int) -> None:
     """Arrives whole, with its end."""
@@ -307,12 +326,33 @@ async def test_start_and_wait() -> None:
     assert await process.wait_exit(started) == 4
 
 
+async def test_start_with_a_descriptor() -> None:
+    """Those that are named are passed on, under their number."""
+    reader, writer = os.pipe()
+    try:
+        started = process.start(["/bin/sh", "-c", f"echo hello > /proc/self/fd/{writer}"], pass_fds=[writer])
+        assert await process.wait_exit(started) == 0
+        assert os.read(reader, 100) == b"hello\n"
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
 async def test_kill_group_twice() -> None:
     """What has ended stays ended; its number may be another's by then."""
     started = process.start(["/bin/sleep", "60"])
     process.kill_group(started)
     assert started.returncode == -signal.SIGKILL
     process.kill_group(started)
+
+
+async def test_start_time() -> None:
+    """In ticks since boot."""
+    started = process.start(["/bin/sleep", "60"])
+    born = pidfd.start_time(started.pid) / os.sysconf("SC_CLK_TCK")
+    process.kill_group(started)
+    assert abs(born - time.clock_gettime(time.CLOCK_BOOTTIME)) < 5
+    assert pidfd.start_time(started.pid) == 0
 
 
 async def test_handle() -> None:

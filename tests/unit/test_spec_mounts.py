@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from crishim.errors import InvalidArgument
@@ -116,6 +118,24 @@ def test_requested_mount_replaces_that_of_the_pod(spelling: str) -> None:
 def test_requested_mount_replaces_the_default(place: str) -> None:
     """A memory volume at /dev/shm, say: one mount, and it is the kubelet's."""
     assert at(everything(Mount(container_path=place, host_path="/mine")), place).source == "/mine"
+
+
+def test_recursive_read_only_mount() -> None:
+    """``rro`` takes in the mounts below, which ``ro`` does not."""
+    wanted = Mount(container_path="/data", host_path="/d", readonly=True, recursive_read_only=True)
+    check(wanted)
+    assert requested_mounts([wanted], {"/d": "/d"})[0].options == ["rbind", "rprivate", "rro"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"readonly": False}, {"readonly": True, "propagation": SLAVE}, {"readonly": True, "propagation": SHARED}],
+)
+def test_impossible_recursive_read_only_mounts(fields: dict[str, Any]) -> None:
+    """The CRI wants it read-only and private: it must not be quietly ignored."""
+    with pytest.raises(InvalidArgument, match="/data is recursive_read_only"):
+        check(Mount(container_path="/data", host_path="/d", recursive_read_only=True, **fields))
+    check(Mount(container_path="/data", host_path="/d", **fields))
 
 
 @pytest.mark.parametrize("spelling", ["/dev", "/dev/", "//dev"])
