@@ -14,7 +14,7 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc import aio
 
 from crishim.config.settings import ApiSettings
-from crishim.cri import container_verbs, image_verbs, node_verbs, sandbox_verbs, stats_verbs
+from crishim.cri import container_verbs, image_verbs, node_verbs, sandbox_verbs, stats_verbs, streaming_verbs
 from crishim.cri.api import api_pb2
 from crishim.cri.interceptor import Interceptor
 from crishim.cri.node import Node, Verb
@@ -26,6 +26,7 @@ RUNTIME_VERBS: Mapping[str, Verb] = {
     **sandbox_verbs.VERBS,
     **container_verbs.VERBS,
     **stats_verbs.VERBS,
+    **streaming_verbs.VERBS,
 }
 IMAGE_VERBS: Mapping[str, Verb] = image_verbs.VERBS
 
@@ -91,9 +92,10 @@ def _handler(node: Node, method: MethodDescriptor, verb: Verb | None) -> Any:
             raise Unimplemented(f"{name} is not supported by this version")
         return await verb(node, request)
 
-    async def stream(request: Any, _context: Any) -> AsyncIterator[Any]:
+    async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
         if name not in STREAM_VERBS:
             raise Unimplemented(f"{name} is not supported by this version")
+        await context.send_initial_metadata(())  # tells the client that it is heard, before anything happens
         async for response in STREAM_VERBS[name](node, request):
             yield response
 
