@@ -105,10 +105,12 @@ def syncfs(fd: int) -> None:
 def openat2(dir_fd: int, path: str | bytes, flags: int, *, mode: int = 0, resolve: int = 0) -> int:
     """Open ``path`` below ``dir_fd`` under the ``RESOLVE_*`` rules; the result is a new descriptor."""
     how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
-    result = _libc.syscall(
-        _SYS_OPENAT2, dir_fd, os.fsencode(path), ctypes.byref(how), ctypes.c_size_t(ctypes.sizeof(how))
-    )
-    return _check(result, os.fsdecode(path))
+    while True:
+        result = _libc.syscall(
+            _SYS_OPENAT2, dir_fd, os.fsencode(path), ctypes.byref(how), ctypes.c_size_t(ctypes.sizeof(how))
+        )
+        if result >= 0 or ctypes.get_errno() != errno.EAGAIN:  # something was renamed meanwhile
+            return _check(result, os.fsdecode(path))
 
 
 def pivot_to(root: str | os.PathLike[str]) -> None:

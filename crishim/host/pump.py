@@ -154,7 +154,9 @@ class Reader:
 class Writer:
     """Writes what an inlet gives to a non-blocking descriptor; ``at_end`` is called once all is written."""
 
-    def __init__(self, fd: int, inlet: Inlet, at_end: Callable[[], None]) -> None:
+    def __init__(self, fd: int, inlet: Inlet, at_end: Callable[[], None], *, most: int = CHUNK) -> None:
+        """``most`` bytes are written at once, for sockets that keep the bounds of packets."""
+        self._most = most
         self._loop = asyncio.get_running_loop()
         self._fd, self._inlet, self._at_end = fd, inlet, at_end
         self._rest = b""
@@ -175,13 +177,20 @@ class Writer:
             self._loop.add_writer(self._fd, self._on_writable)
 
     def _write(self, chunk: memoryview | bytes) -> int:
+        written = 0
         try:
-            return os.write(self._fd, chunk)
+            while written < len(chunk):
+                wanted = min(self._most, len(chunk) - written)
+                count = os.write(self._fd, chunk[written : written + wanted])
+                written += count
+                if count < wanted:
+                    break
         except BlockingIOError:
-            return 0
+            pass
         except OSError:
             self._broken = True
             return len(chunk)
+        return written
 
     def _on_writable(self) -> None:
         self._rest = self._rest[self._write(self._rest) :]

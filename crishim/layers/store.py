@@ -174,12 +174,9 @@ def _sync(directory: Path) -> None:
 
 def _finish(layer: Path, below: list[Path], report: Report) -> None:
     """What the worker may not do: mark opaque directories, and give unnamed ones the looks of those below."""
-    opaque = [bytes.fromhex(path) for path in report.opaque]
-    hidden = set(opaque)
     for path in (bytes.fromhex(path) for path in report.implicit):
-        if path not in hidden:
-            _look_like_below(layer, below, path)
-    for path in opaque:
+        _look_like_below(layer, below, path)
+    for path in (bytes.fromhex(path) for path in report.opaque):
         fd = _open_directory(layer, path)
         if fd is not None:
             try:

@@ -108,19 +108,23 @@ def test_a_named_file_must_be_there(file: Path) -> None:
 
 def test_all_settings_from_a_file(file: Path) -> None:
     """Every key but the table of handlers can be set, to a value of its type."""
-    words = {"runtime.cgroup_manager": "cgroupfs", "log.level": "debug", "log.format": "json"}
+    words = {
+        "runtime.cgroup_manager": "cgroupfs",
+        "log.level": "debug",
+        "log.format": "json",
+        "api.stream_tls_min_version": "1.3",
+    }
+    wanted: dict[str, Any] = {}
     for key, kind, default in keys():
-        wanted: Any = words.get(key, "/x")
+        wanted[key] = words.get(key, "/x")
         if kind in (int, float):
-            wanted = default + 7
+            wanted[key] = default + 7
         elif kind is bool:
-            wanted = not default
+            wanted[key] = not default
         elif kind == list[str]:
-            wanted = ["/a", "/b"]
-        section, _, name = key.rpartition(".")
-        line = f"{name} = {json.dumps(wanted)}\n"
-        config = put(file, f"[{section}]\n{line}" if section else line)
-        assert value(config, key) == wanted, key
+            wanted[key] = ["/a", "/b"]
+    config = put(file, "".join(f"{key} = {json.dumps(item)}\n" for key, item in wanted.items()))
+    assert {key: value(config, key) for key in wanted} == wanted
 
 
 def test_keys_have_types_and_defaults() -> None:
@@ -296,6 +300,11 @@ def test_unreadable_drop_in(file: Path) -> None:
         ("[api]\nstream_port = -1", "api.stream_port"),
         ("[api]\nstream_port = 65536", "api.stream_port"),
         ("[api]\nmax_message_bytes = 0", "api.max_message_bytes"),
+        ("[api]\nstream_idle_timeout = 0", "api.stream_idle_timeout"),
+        ("[api]\nstream_creation_timeout = -1", "api.stream_creation_timeout"),
+        ("[api]\nstream_tls_min_version = '1.1'", "api.stream_tls_min_version"),
+        ("[api]\nstream_tls_cert = '/c.pem'", "api.stream_tls_cert and api.stream_tls_key"),
+        ("[api]\nstream_tls_key = '/k.pem'", "api.stream_tls_cert and api.stream_tls_key"),
         ("[image]\nparallel_layers = 0", "image.parallel_layers"),
         ("[image]\nmax_layer_bytes = -1", "image.max_layer_bytes"),
         ("[image]\nmax_layer_entries = 0", "image.max_layer_entries"),
@@ -318,6 +327,7 @@ def test_bad_values_are_refused(file: Path, text: str, key: str) -> None:
         ("runtime.cgroup_manager", ["auto", "cgroupfs", "systemd"]),
         ("log.level", ["debug", "info", "warning", "error"]),
         ("log.format", ["text", "json"]),
+        ("api.stream_tls_min_version", ["1.2", "1.3"]),
         ("api.stream_port", [0, 1, 65535]),
         ("image.parallel_layers", [1]),
         ("network.plugin_timeout", [0.1]),

@@ -237,7 +237,7 @@ async def test_nothing_of_a_program_disturbs_the_next(tmp_path: Path) -> None:
     """Which gets the same descriptors: those that were still read or written are forgotten by the loop."""
     pid_file = tmp_path / "pid"
     for number in range(3):
-        done = await run(sh(f"sleep 60 <&0 & echo $! > {pid_file}", stdin=b"x" * 1_000_000, timeout=20))
+        done = await run(sh(f"exec 3<&0; sleep 60 & echo $! > {pid_file}", stdin=b"x" * 1_000_000, timeout=20))
         assert done.returncode == 0
         os.kill(int(pid_file.read_text()), signal.SIGKILL)
         data = str(number).encode() * 100_000

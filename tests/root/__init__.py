@@ -1,0 +1,1 @@
+"""Tests that need root: real daemons, containers, networks and registries."""
