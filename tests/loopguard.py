@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
-LIMIT_SECONDS = 0.25
+LIMIT_SECONDS = 0.5
 
 
 class _Blocked(logging.Handler):
