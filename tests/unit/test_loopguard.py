@@ -19,15 +19,15 @@ import pytest
 
 async def test_blocks():
     await asyncio.sleep(0)
-    time.sleep(0.3)
+    time.sleep(0.6)
 
 async def test_waits():
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(0.6)
 
 def test_blocks_without_a_loop():
-    time.sleep(0.3)
+    time.sleep(0.6)
 
-@pytest.mark.parametrize("seconds", [0.3])
+@pytest.mark.parametrize("seconds", [0.6])
 async def test_blocks_in_a_callback(seconds):
     asyncio.get_running_loop().call_soon(time.sleep, seconds)
     await asyncio.sleep(0.01)
