@@ -6,12 +6,14 @@ import asyncio
 import os
 import signal
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
 
 import click
 
 from crishim.cli.check import lines
 from crishim.cli.options import with_config
+from crishim.cli.requirements.requirement import Requirement
 from crishim.cli.requirements.survey import examine
 from crishim.cli.showcase import cleaning, daemon, place
 from crishim.cli.showcase.narrator import Narrator
@@ -19,6 +21,7 @@ from crishim.cli.showcase.place import Place
 from crishim.cli.showcase.story import Story
 from crishim.config.settings import Config
 from crishim.errors import CrishimError, HostFailure
+from crishim.host.reaper import become_subreaper
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TAIL = 20
@@ -30,84 +33,105 @@ def demo(settings: Config) -> None:
     """Run one pod, show every step, and leave nothing behind.
 
     Everything is the demo's own: daemon, directories, socket, registry, image, bridge and subnet. A kubelet, a
-    containerd or a Docker on the same machine is not disturbed. Settings decide which programs are used.
+    containerd or a Docker on the same machine is not disturbed. Of the settings, only those count that say which
+    programs are used.
     """
     if os.geteuid() != 0:
         raise HostFailure("the demo makes namespaces, mounts and a bridge: run it as root")
     sys.exit(asyncio.run(_demo(settings)))
 
 
-@dataclass
-class _Outcome:
-    status: int = 0
-    failure: str = ""
-    log: list[str] = field(default_factory=list)
-    signals: list[int] = field(default_factory=list)
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong, what the daemon said last, and what is wrong with the host."""
+
+    message: str
+    log: Sequence[str] = ()
+    wrong: Sequence[Requirement] = ()
+
+
+class Interruption:
+    """Signals end the story, and nothing else: cleaning up after it is not interrupted by more of them."""
+
+    def __init__(self) -> None:
+        self.signals: list[int] = []
+        self._story: asyncio.Future[None] | None = None
+        for signum in _SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(signum, self._interrupt, signum)
+
+    def _interrupt(self, signum: int) -> None:
+        self.signals.append(signum)
+        if self._story is not None:
+            self._story.cancel()
+
+    async def ends(self, story: Coroutine[None, None, None]) -> None:
+        """Listen to ``story`` to its end or to a signal."""
+        self._story = asyncio.ensure_future(story)
+        await self._story
+
+
+_INTERRUPTED = Failure("interrupted")
 
 
 async def _demo(settings: Config) -> int:
-    """The first signal ends the story; cleaning up after it is not interrupted by more of them."""
-    narrator, outcome = Narrator(), _Outcome()
-    telling = asyncio.ensure_future(_perform(settings, narrator, outcome))
-    loop = asyncio.get_running_loop()
-    for signum in _SIGNALS:
-        loop.add_signal_handler(signum, outcome.signals.append, signum)
-    await telling
-    if outcome.failure:
-        await _explain(settings, outcome)
-    elif outcome.status == 0:
-        click.echo(f"\nA pod ran on this machine: {narrator.steps} steps in {narrator.seconds:.1f} s, nothing is left.")
-    return outcome.status
-
-
-async def _perform(settings: Config, narrator: Narrator, outcome: _Outcome) -> None:
+    """The whole performance; its exit status."""
+    interruption, narrator = Interruption(), Narrator()
+    become_subreaper()  # so that whatever the daemon may leave behind is ours to find
     try:
-        where = place.make(settings)
+        where = place.choose(settings)
     except CrishimError as err:
-        outcome.status, outcome.failure = 1, err.message
-        return
+        return _explain(Failure(err.message, wrong=await _wrong(settings)))
     click.echo(f"A pod from nothing, in {where.root} and {where.state}:\n")
-    story = asyncio.ensure_future(Story(where, settings, narrator).tell())
+    failure = None
     try:
-        await _interruptible(story, outcome)
-    except CrishimError as err:
-        outcome.status, outcome.failure = 1, err.message
-        outcome.log = list(daemon.log_tail(where, _TAIL))
-    finally:
-        await _clean(where, narrator, outcome)
-
-
-async def _interruptible(story: asyncio.Future[None], outcome: _Outcome) -> None:
-    loop = asyncio.get_running_loop()
-
-    def interrupt(signum: int) -> None:
-        if not outcome.signals:
-            story.cancel()
-        outcome.signals.append(signum)
-
-    for signum in _SIGNALS:
-        loop.add_signal_handler(signum, interrupt, signum)
-    try:
-        await story
+        await interruption.ends(Story(where, settings, narrator).tell())
     except asyncio.CancelledError:
-        outcome.status = 128 + outcome.signals[0]
+        failure = _INTERRUPTED
+    except CrishimError as err:
+        failure = await _look_around(where, settings, err)
+    finally:
+        left = await _clean(where, narrator)
+    return _end(narrator, failure, left, interruption.signals)
 
 
-async def _clean(where: Place, narrator: Narrator, outcome: _Outcome) -> None:
+async def _look_around(where: Place, settings: Config, err: CrishimError) -> Failure:
+    """While everything is still there."""
+    wrong = await _wrong(place.own_settings(where, settings))
+    return Failure(err.message, list(daemon.log_tail(where, _TAIL)), wrong)
+
+
+async def _wrong(settings: Config) -> list[Requirement]:
+    return [item for item in await examine(settings) if not item.ok]
+
+
+async def _clean(where: Place, narrator: Narrator) -> list[str]:
     with narrator.step("Removing the demo's own things") as result:
-        failures = await cleaning.clean(where)
-        result("bridge, cgroup and directories" if not failures else "; ".join(failures))
-    if failures:
-        outcome.status, outcome.failure = 1, outcome.failure or f"some things are left: {'; '.join(failures)}"
+        left = await cleaning.clean(where)
+        result("; ".join(left) or "bridge, cgroup, directories")
+    return left
 
 
-async def _explain(settings: Config, outcome: _Outcome) -> None:
-    click.echo(click.style(f"\nThe demo failed: {outcome.failure}", fg="red"))
-    if outcome.log:
+def _end(narrator: Narrator, failure: Failure | None, left: Sequence[str], signals: Sequence[int]) -> int:
+    """The last words, and the exit status."""
+    if left:
+        click.echo(click.style(f"\nSome things could not be removed: {'; '.join(left)}", fg="red"))
+    elif failure is _INTERRUPTED:
+        click.echo("\nInterrupted; nothing is left.")
+        return 128 + signals[0]
+    if failure is not None:
+        return _explain(failure)
+    if not left:
+        click.echo(f"\nA pod ran on this machine: {narrator.steps} steps in {narrator.seconds:.1f} s, nothing is left.")
+    return 1 if left else 0
+
+
+def _explain(failure: Failure) -> int:
+    click.echo(click.style(f"\nThe demo failed: {failure.message}", fg="red"))
+    if failure.log:
         click.echo("\nThe daemon's last words:")
-        for line in outcome.log:
+        for line in failure.log:
             click.echo(f"  {line}")
-    wrong = [item for item in await examine(settings) if not item.ok]
-    click.echo("\nWhat crishim check finds wrong:" if wrong else "\ncrishim check finds nothing wrong.")
-    for line in lines(wrong):
+    click.echo("\nWhat crishim check finds wrong:" if failure.wrong else "\ncrishim check finds nothing wrong.")
+    for line in lines(failure.wrong):
         click.echo(f"  {line}")
+    return 1

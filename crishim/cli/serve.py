@@ -46,6 +46,7 @@ async def _serve(settings: Config) -> None:
         await _signalled()
         notify("STOPPING=1")
         _log.info("finishing the calls under way")
+        await node.streams.stop()  # sessions may be endless
         await made.stop(GRACE_SECONDS)
     finally:
         await nodes.stop(node)

@@ -136,11 +136,16 @@ def _positive(config: Config) -> None:
         ("image.stall_seconds", image.stall_seconds),
         ("network.plugin_timeout", config.network.plugin_timeout),
         ("api.max_message_bytes", api.max_message_bytes),
+        ("api.stream_idle_timeout", api.stream_idle_timeout),
+        ("api.stream_creation_timeout", api.stream_creation_timeout),
     ):
         if not number > 0:  # nan is neither
             raise ConfigError(f"{key} must be more than 0, not {number}")
     if not 0 <= api.stream_port <= 65535:
         raise ConfigError(f"api.stream_port {api.stream_port} is not a port")
+    _one_of("api.stream_tls_min_version", api.stream_tls_min_version, ("1.2", "1.3"))
+    if bool(api.stream_tls_cert) != bool(api.stream_tls_key):
+        raise ConfigError("api.stream_tls_cert and api.stream_tls_key are only of use together")
 
 
 def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:

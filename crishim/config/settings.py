@@ -20,6 +20,16 @@ class ApiSettings(Settings, frozen=True):
     listen: str = "/run/crishim/crishim.sock"
     stream_address: str = "127.0.0.1"
     stream_port: int = 0
+    """0: any free port."""
+    stream_idle_timeout: float = 14400.0
+    """Seconds without data after which a streaming connection is closed."""
+    stream_creation_timeout: float = 30.0
+    """Seconds that a client may take for its request, and again for opening its streams."""
+    stream_tls_cert: str = ""
+    """Certificate chain of the streaming server, PEM, read again when it changes; empty: no TLS."""
+    stream_tls_key: str = ""
+    stream_tls_min_version: str = "1.2"
+    """``1.2`` or ``1.3``."""
     max_message_bytes: int = 16 << 20
     """Largest request or answer, in bytes; the kubelet's own limit is 16 MiB."""
 

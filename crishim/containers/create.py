@@ -85,7 +85,7 @@ def _new_record(room: Room, sandbox: SandboxRecord, config: ContainerConfig, ima
         id=container_id,
         sandbox_id=sandbox.id,
         config=config,
-        handler=sandbox.handler,
+        handler=sandbox.handler or room.handlers.default,  # which may be another one some day
         state=ContainerState.CREATING,
         created_at=time.time_ns(),
         boot_id=room.facts.boot_id,

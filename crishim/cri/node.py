@@ -16,6 +16,7 @@ from crishim.config.paths import Paths
 from crishim.config.settings import Config
 from crishim.containers import lifecycle as container_lifecycle
 from crishim.containers import strays
+from crishim.containers.attach import Parking
 from crishim.containers.room import Room as ContainerRoom
 from crishim.containers.stats import Meter
 from crishim.containers.table import ContainerTable
@@ -37,6 +38,7 @@ from crishim.state.database import Database
 from crishim.state.events import Events
 from crishim.state.operations import Operations
 from crishim.state.store import Store
+from crishim.streaming.server import StreamServer
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +56,8 @@ class Node:
     puller: Puller
     pods: PodRoom
     meter: Meter
+    streams: StreamServer
+    parking: Parking = field(default_factory=Parking)
     background: set[asyncio.Task[None]] = field(default_factory=set)
     container_items: MessageCache[ContainerRecord, pb.Container] = field(
         default_factory=lambda: MessageCache(messages.container_item)
@@ -105,7 +109,7 @@ def build(config: Config) -> Node:
     )
     pods = PodRoom(room, Networks(config.network), SandboxTable())
     puller = Puller(config.image, images, layers, operations)
-    return Node(config, facts, database, workers, puller, pods, Meter(room))
+    return Node(config, facts, database, workers, puller, pods, Meter(room), StreamServer(config.api))
 
 
 async def start(node: Node) -> None:
@@ -120,12 +124,13 @@ async def start(node: Node) -> None:
     await store.set_fact("boot_id", node.facts.boot_id)
     sandboxes = await asyncio.to_thread(store.sandboxes)
     containers = await asyncio.to_thread(store.containers)
-    await asyncio.to_thread(strays.end, room, containers)
+    await asyncio.to_thread(strays.end, room, containers, sandboxes)
     for container in sorted(containers, key=lambda record: record.created_at):
         await container_lifecycle.recover(room, container)
     for sandbox in sorted(sandboxes, key=lambda record: record.created_at):
         await pod_lifecycle.recover(node.pods, sandbox)
     await asyncio.to_thread(strays.sweep, room, {r.id for r in containers}, {r.id for r in sandboxes})
+    await node.streams.start()
     node.background.add(asyncio.create_task(reap_forgotten(), name="reaper"))
     _log.info("took up %d sandboxes, %d containers, %d images", len(sandboxes), len(containers), len(room.images.all()))
 
@@ -137,6 +142,8 @@ def _boot_changed(node: Node) -> bool:
 
 async def stop(node: Node) -> None:
     """Finish what is under way and let go; containers go on running."""
+    await node.streams.stop()
+    node.parking.close()
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_SETTLE_SECONDS):
             await node.containers.operations.settle()

@@ -220,8 +220,11 @@ class Writer:
 
 
 def readable_bytes(fd: int) -> int:
-    """How much can be read without waiting: FIONREAD, ioctl_tty(2)."""
-    number: int = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))[0]
+    """How much can be read without waiting: FIONREAD, ioctl_tty(2). Nothing of a terminal that was hung up."""
+    try:
+        number: int = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))[0]
+    except OSError:
+        return 0
     return number
 
 

@@ -34,6 +34,56 @@ class ExecResult:
     stderr: bytes
 
 
+@dataclass(frozen=True)
+class Stdio:
+    """Descriptors for a command. From ``complaints``, the other end of ``stderr``, it is read why it cannot start."""
+
+    stdin: int
+    stdout: int
+    stderr: int
+    complaints: int
+    console: str = ""
+    """Path of the Unix socket that is to receive a terminal; empty for none."""
+
+
+class ExecProcess:
+    """A command in a container: a child that the OCI runtime left to us, since we are its subreaper."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._pidfd = os.pidfd_open(pid)
+
+    @classmethod
+    def of(cls, pid_file: Path) -> ExecProcess:
+        """The process whose number the runtime wrote; it stays a zombie of ours until it is waited for."""
+        return cls(int(pid_file.read_text()))
+
+    @classmethod
+    def kill_unknown(cls, pid_file: Path) -> None:
+        """Kill the process that a runtime which was interrupted may have started."""
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(int(pid_file.read_text()), signal.SIGKILL)
+
+    async def wait(self) -> int:
+        """Wait for the end; the exit code, 128 and the signal's number for one that was killed."""
+        await wait_readable(self._pidfd)
+        ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)  # noqa: ASYNC222 - it has ended
+        assert ended is not None
+        return ended.si_status if ended.si_code == os.CLD_EXITED else 128 + ended.si_status
+
+    def close(self) -> None:
+        """Give the descriptor back; a process that still runs is left alone."""
+        os.close(self._pidfd)
+
+
+def _complaint(fd: int) -> str:
+    """What the runtime printed, from the non-blocking end of its standard error."""
+    try:
+        return os.read(fd, 1 << 16).decode(errors="replace")
+    except OSError:
+        return ""
+
+
 class OciRuntime:
     """One runtime handler's program and its state directory."""
 
@@ -80,6 +130,39 @@ class OciRuntime:
                 "--process", str(spec_file), "--pid-file", str(pid_file), container_id,
             ]  # fmt: skip
             return await _Exec(command, pid_file, timeout).run()
+        finally:
+            for path in (spec_file, pid_file):
+                path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                scratch.rmdir()
+
+    async def exec_start(self, container_id: str, spec: bytes, scratch: Path, stdio: Stdio) -> ExecProcess:
+        """Start a command in the container and leave it running, as a child of ours.
+
+        ``spec`` is as for :meth:`exec_sync`. The command has the descriptors of ``stdio``, which the caller
+        closes afterwards; with a console socket it has a terminal instead.
+        """
+        scratch.mkdir(parents=True, exist_ok=True)
+        spec_file, pid_file = scratch / "process.json", scratch / "pid"
+        command = [
+            self.path, *self.arguments, "exec", "--detach", "--process", str(spec_file), "--pid-file", str(pid_file),
+            *(["--console-socket", stdio.console] if stdio.console else []), container_id,
+        ]  # fmt: skip
+        try:
+            spec_file.write_bytes(spec)
+            started = process.start(command, stdin=stdio.stdin, stdout=stdio.stdout, stderr=stdio.stderr)
+            try:
+                async with asyncio.timeout(COMMAND_SECONDS):
+                    status = await process.wait_exit(started)
+            except BaseException:
+                process.kill_group(started)
+                ExecProcess.kill_unknown(pid_file)
+                raise
+            if status != 0:
+                raise HostFailure(f"cannot run the command: {reason(_complaint(stdio.complaints))}")
+            return ExecProcess.of(pid_file)
+        except TimeoutError:
+            raise DeadlineExceeded(f"{self.name} exec did not finish within {COMMAND_SECONDS:g} s") from None
         finally:
             for path in (spec_file, pid_file):
                 path.unlink(missing_ok=True)

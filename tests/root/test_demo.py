@@ -122,3 +122,14 @@ def test_failed_demo_says_why() -> None:
     assert "[CreateContainer " in done.stdout.partition("The daemon's last words:")[2]
     assert "conmon" in done.stdout.partition("What crishim check finds wrong:")[2]
     assert new_traces(before) == set()
+
+
+def test_demo_without_a_listener() -> None:
+    """``crishim demo | head`` leaves nothing either."""
+    before = traces()
+    demo = subprocess.Popen(DEMO, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert demo.stdout is not None
+    assert os.read(demo.stdout.fileno(), 1)
+    demo.stdout.close()
+    demo.wait(60)
+    assert new_traces(before) == set()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crishim.streaming.spdy import frames
-from crishim.streaming.spdy.endpoint import MAX_CONTROL, Bounds, Endpoint, LocalError, ProtocolError, Role
+from crishim.streaming.spdy.endpoint import Bounds, Endpoint, LocalError, ProtocolError, Role
 from crishim.streaming.spdy.events import (
     DataReceived,
     Event,
@@ -25,6 +25,7 @@ from crishim.streaming.spdy.events import (
 )
 from crishim.streaming.spdy.frames import GoAwayStatus, Kind, ResetStatus
 from crishim.streaming.spdy.headers import DICTIONARY, MAX_BLOCK, HeaderDecoder, HeaderEncoder, HeaderError
+from crishim.streaming.spdy.reader import MAX_CONTROL
 from crishim.streaming.spdy.states import FAULTS, TRANSITIONS, Act, Half
 
 

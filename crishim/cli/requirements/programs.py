@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 from crishim.cli import elf
@@ -27,7 +28,8 @@ async def examine(settings: RuntimeSettings) -> list[Requirement]:
 async def runtime(name: str, handler: HandlerSettings, *, is_default: bool) -> list[Requirement]:
     """One handler's program; crun also minds the host's cgroups."""
     what = f"runtime {name}" + (" (default)" if is_default else "")
-    found, line = await version(handler.path) if handler.path else ("not on PATH", "")
+    with tempfile.TemporaryDirectory(prefix="crishim-check-") as root:  # crun makes one, even to tell its version
+        found, line = await version(handler.path, f"--root={root}") if handler.path else ("not on PATH", "")
     advice = f"install {name}, or set runtime.handlers.{name}.path"
     listed = [Requirement(what, found, bool(line), needed=is_default, advice=advice)]
     controllers = cgroups.hybrid_controllers()
@@ -60,12 +62,12 @@ def holder(path: str) -> Requirement:
     )
 
 
-async def version(path: str) -> tuple[str, str]:
+async def version(path: str, *arguments: str) -> tuple[str, str]:
     """What was found at ``path`` in words, and the first line that it says of its version, empty if it cannot run."""
     if not os.access(path, os.X_OK):
         return f"{path} is {'not executable' if os.path.exists(path) else 'missing'}", ""
     try:
-        done = await process.run(process.Command([path, "--version"], timeout=_SECONDS))
+        done = await process.run(process.Command([path, *arguments, "--version"], timeout=_SECONDS))
     except HostFailure as err:
         return err.message, ""
     if done.timed_out or done.returncode != 0:

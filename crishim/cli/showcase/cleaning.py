@@ -10,22 +10,29 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 from crishim.cli.showcase.place import Place, remove_links
-from crishim.errors import CrishimError
+from crishim.errors import CrishimError, HostFailure
 from crishim.host import process
 from crishim.host.files import remove_tree
 from crishim.host.mounts import mounts_below, unmount_below
 from crishim.host.pidfd import start_time
 
-_DEATH_SECONDS = 5.0
+_SECONDS = 5.0
+_PAUSE = 0.02
+
+
+async def settled(place: Place) -> list[str]:
+    """What is there of a pod that was removed, after a moment for what the kernel and systemd do in their own time."""
+    with contextlib.suppress(TimeoutError):
+        await _until(lambda: not leftovers(place))
+    return leftovers(place)
 
 
 def leftovers(place: Place) -> list[str]:
-    """What is there of a pod: nothing should be, once the pod is removed."""
-    found = [f"process {pid} ({name})" for pid, name in _processes(place)]
+    """What is there of a pod: nothing should be, once the pod is removed and the daemon has ended."""
+    found = [f"process {pid} ({_name(pid)})" for pid in _alive(os.getpid())]
     found += [f"mount {path}" for path in (*mounts_below(place.state), *mounts_below(place.root))]
     found += [f"interface {name}" for name in _ports(place)]
-    own = place.cgroup_directory
-    found += [f"cgroup {path}" for path in _cgroups(place) if path.name != own]
+    found += [f"cgroup {path}" for path in _cgroups(place) if path.name != place.cgroup_directory]
     found += [f"file {path}" for path in _files(place)]
     return found
 
@@ -34,10 +41,11 @@ async def clean(place: Place) -> list[str]:
     """Remove everything that is the demo's; every step is tried. The result says what could not be removed."""
     failures = []
     steps: tuple[Callable[[], Awaitable[None]], ...] = (
-        lambda: _kill(place),
+        _kill,
         lambda: asyncio.to_thread(unmount_below, place.state),
         lambda: asyncio.to_thread(unmount_below, place.root),
-        lambda: remove_links([*_ports(place), place.bridge]),
+        lambda: remove_links(_ports(place)),
+        lambda: remove_links([place.bridge]),
         lambda: _remove_cgroups(place),
         lambda: asyncio.to_thread(remove_tree, place.state),
         lambda: asyncio.to_thread(remove_tree, place.root),
@@ -47,38 +55,59 @@ async def clean(place: Place) -> list[str]:
             await step()
         except CrishimError as err:
             failures.append(err.message)
-        except OSError as err:
-            failures.append(f"{err.filename or place.token}: {(err.strerror or str(err)).lower()}")
+        except OSError as err:  # TimeoutError is one too
+            failures.append(f"{err.filename or step}: {(err.strerror or str(err)).lower()}")
     return failures
 
 
-async def _kill(place: Place) -> None:
-    """Kill the pod's processes and those that work for it, and wait until they are gone."""
-    async with asyncio.timeout(_DEATH_SECONDS):
-        while found := list(_processes(place)):
-            for pid, _ in found:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            await asyncio.sleep(0.02)
+async def _until(done: Callable[[], bool]) -> None:
+    async with asyncio.timeout(_SECONDS):
+        while True:
+            if done():
+                return
+            await asyncio.sleep(_PAUSE)
 
 
-def _processes(place: Place) -> Iterator[tuple[int, str]]:
-    """Those in the pod's cgroup, and those whose command line names the demo's own directories."""
-    inside = {int(pid) for path in _cgroups(place) for pid in _read(path / "cgroup.procs").split()}
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit() or int(folder.name) == os.getpid():
-            continue
-        pid, command = int(folder.name), _read(folder / "cmdline")
-        ours = any(f"{path}/" in command for path in (place.state, place.root))
-        if (ours or pid in inside) and start_time(pid):
-            yield pid, _read(folder / "comm").strip()
+async def _kill() -> None:
+    """Kill all that we or the daemon started: orphans are our children, since we are their subreaper."""
 
+    def gone() -> bool:
+        found = list(_alive(os.getpid()))
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        _reap()
+        return not found
 
-def _read(path: Path) -> str:
     try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
+        await _until(gone)
+    except TimeoutError:
+        raise HostFailure(f"processes {', '.join(map(str, _alive(os.getpid())))} do not die") from None
+
+
+def _reap() -> None:
+    """Zombies too hold a PID namespace, whose init does not end before they are gone: pid_namespaces(7)."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG):
+            pass
+
+
+def _alive(parent: int) -> Iterator[int]:
+    """The descendants of a process that are not zombies."""
+    children: list[str] = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{parent}/task").iterdir():
+            children += (task / "children").read_text().split()
+    for child in map(int, children):
+        if start_time(child):
+            yield child
+        yield from _alive(child)
+
+
+def _name(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return "gone"
 
 
 def _cgroups(place: Place) -> Iterator[Path]:
@@ -88,9 +117,18 @@ def _cgroups(place: Place) -> Iterator[Path]:
 
 
 async def _remove_cgroups(place: Place) -> None:
+    """A cgroup can be removed a moment after its last process has died."""
     if place.cgroups.systemd:
-        await process.run(process.Command(["systemctl", "stop", place.cgroup], timeout=10))
-    place.cgroups.remove(place.cgroup_directory)
+        await process.run(process.Command(["systemctl", "stop", place.cgroup], timeout=_SECONDS))
+
+    def gone() -> bool:
+        place.cgroups.remove(place.cgroup_directory)
+        return not list(_cgroups(place))
+
+    try:
+        await _until(gone)
+    except TimeoutError:
+        raise HostFailure(f"cgroup {place.cgroup} cannot be removed") from None
 
 
 def _ports(place: Place) -> list[str]:
@@ -101,11 +139,6 @@ def _ports(place: Place) -> list[str]:
 
 def _files(place: Place) -> Iterator[Path]:
     """What the daemon keeps for each pod and container."""
-    for folder in (
-        place.state / "sandboxes",
-        place.state / "containers",
-        place.state / "exits",
-        place.state / "attach",
-        place.root / "root" / "containers",
-    ):
+    volatile = [place.state / name for name in ("sandboxes", "containers", "exits", "attach")]
+    for folder in (*volatile, place.root / "root" / "containers"):
         yield from folder.iterdir() if folder.is_dir() else ()

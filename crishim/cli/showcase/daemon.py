@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,10 +24,10 @@ def start(place: Place) -> process.Started:
     """Start it with the configuration that was written; it logs to a file."""
     with place.log.open("ab") as log:
         return process.start(
-            [sys.executable, "-P", "-m", "crishim", "serve", "--config", str(place.root / "crishim.toml")],
+            [sys.executable, "-P", "-m", "crishim", "serve", "--config", str(place.config)],
             stdout=log.fileno(),
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": str(Path(crishim.__file__).parent.parent)},
+            stderr=log.fileno(),
+            env={**os.environ, "PYTHONPATH": str(Path(crishim.__file__).parent.parent), "NO_PROXY": "127.0.0.1"},
         )
 
 

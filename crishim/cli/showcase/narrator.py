@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import click
 
-_TITLE, _RESULT, _TIME = 36, 48, 9
+_TITLE, _RESULT, _TIME = 41, 42, 9
 
 
 class Narrator:
@@ -28,17 +28,23 @@ class Narrator:
         """A step; the body is given a function that takes what came of it."""
         results: list[str] = []
         began = time.perf_counter()
-        click.echo(f"  {title + ' …':{_TITLE}} ", nl=False)
+        _say(f"  {title + ' …':{_TITLE}} ", nl=False)
         try:
             yield results.append
         except BaseException as err:
-            click.echo(click.style("failed" if isinstance(err, Exception) else "interrupted", fg="red"))
+            _say(click.style("failed" if isinstance(err, Exception) else "interrupted", fg="red"))
             raise
         took = f"{(time.perf_counter() - began) * 1e3:.0f} ms"
-        click.echo(f"{', '.join(results):{_RESULT}} {took:>{_TIME}}")
+        _say(f"{', '.join(results):{_RESULT}} {took:>{_TIME}}")
         self.steps += 1
 
     def quote(self, lines: Iterable[str]) -> None:
         """What somebody else said, set off."""
         for line in lines:
-            click.echo(click.style(f"      | {line}", dim=True))
+            _say(click.style(f"      | {line}", dim=True))
+
+
+def _say(text: str, *, nl: bool = True) -> None:
+    """A story whose listener has gone (a closed pipe, a lost terminal) is still told to its end, which cleans up."""
+    with contextlib.suppress(OSError):
+        click.echo(text, nl=nl)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import secrets
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import msgspec
 from crishim.cgroups import layout
 from crishim.cgroups.layout import Cgroups
 from crishim.cli.requirements import kernel
-from crishim.config.settings import Config
+from crishim.config.settings import ApiSettings, Config
 from crishim.errors import HostFailure
 from crishim.host import process
 from crishim.host.facts import read_facts
@@ -64,6 +64,11 @@ class Place:
         return self.state / "crishim.sock"
 
     @property
+    def config(self) -> Path:
+        """The daemon's configuration."""
+        return self.root / "crishim.toml"
+
+    @property
     def log(self) -> Path:
         """What the daemon says."""
         return self.root / "daemon.log"
@@ -74,20 +79,34 @@ class Place:
         return self.root / "logs"
 
 
-def make(settings: Config) -> Place:
-    """Choose, and make the directories."""
+def choose(settings: Config) -> Place:
+    """Look for a place; nothing is made yet."""
     token = secrets.token_hex(3)
-    subnet = free_subnet(Path("/proc/net/route").read_text())
-    place = Place(
+    return Place(
         token,
         _root() / f"{PREFIX}{token}",
         Path("/run", f"{PREFIX}{token}"),
-        subnet,
+        secrets.choice(free_subnets(Path("/proc/net/route").read_text())),
         layout.detect(settings.runtime.cgroup_manager, systemd=read_facts().systemd),
     )
-    for path in (place.state, place.root, place.root / "net.d", place.pod_logs):
-        path.mkdir(mode=0o700)
-    return place
+
+
+def make(place: Place, settings: Config) -> None:
+    """Make the directories, and write the daemon's configuration, network and trust policy."""
+    try:
+        for path in (place.state, place.root, place.root / "net.d", place.pod_logs):
+            path.mkdir(mode=0o700)
+        (place.root / "net.d" / "10-demo.conflist").write_text(json.dumps(network(place)))
+        (place.root / "policy.json").write_text(json.dumps({"default": [{"type": "insecureAcceptAnything"}]}))
+        values = msgspec.to_builtins(own_settings(place, settings))
+        place.config.write_text("".join(f"{line}\n" for line in as_toml(values)))
+    except OSError as err:
+        raise HostFailure(f"cannot make {err.filename}: {(err.strerror or str(err)).lower()}") from err
+
+
+def trust(place: Place, registry: str) -> None:
+    """Let the daemon pull from ``registry`` (HOST:PORT) without TLS."""
+    (place.root / "registries.conf").write_text(f'[[registry]]\nlocation = "{registry}"\ninsecure = true\n')
 
 
 def _root() -> Path:
@@ -98,37 +117,23 @@ def _root() -> Path:
     return found
 
 
-def free_subnet(routes: str) -> IPv4Network:
-    """The first small subnet that no route of /proc/net/route leads to; the default route does not count."""
+def free_subnets(routes: str) -> list[IPv4Network]:
+    """Small subnets that no route of /proc/net/route leads to; the default route does not count."""
     used = list(_routes(routes))
-    for candidate in _candidates():
-        if not any(candidate.overlaps(network) for network in used):
-            return candidate
-    raise HostFailure("every private subnet is routed somewhere on this host")
-
-
-def _candidates() -> Iterator[IPv4Network]:
     for area in _SUBNETS:
-        yield from ipaddress.IPv4Network(area).subnets(new_prefix=24)
+        candidates = IPv4Network(area).subnets(new_prefix=24)
+        if free := [subnet for subnet in candidates if not any(subnet.overlaps(network) for network in used)]:
+            return free
+    raise HostFailure("every private subnet is routed somewhere on this host")
 
 
 def _routes(text: str) -> Iterator[IPv4Network]:
     """Addresses there are numbers in the machine's byte order, in hexadecimal."""
     for line in text.splitlines()[1:]:
         fields = line.split()
-        address, mask = (int.from_bytes(bytes.fromhex(fields[at])[::-1], "big") for at in (1, 7))
-        if mask:
-            yield IPv4Network((address, mask.bit_count()))
-
-
-def write(place: Place, settings: Config, registry: str) -> Config:
-    """Write the daemon's configuration, network and trust policy; the result is the configuration in force."""
-    (place.root / "net.d" / "10-demo.conflist").write_text(json.dumps(network(place)))
-    (place.root / "policy.json").write_text(json.dumps({"default": [{"type": "insecureAcceptAnything"}]}))
-    (place.root / "registries.conf").write_text(f'[[registry]]\nlocation = "{registry}"\ninsecure = true\n')
-    config = own_settings(place, settings)
-    (place.root / "crishim.toml").write_text("".join(f"{line}\n" for line in as_toml(msgspec.to_builtins(config))))
-    return config
+        address, mask = (int(fields[at], 16).to_bytes(4, sys.byteorder) for at in (1, 7))
+        if any(mask):
+            yield IPv4Network((address, int.from_bytes(mask, "big").bit_count()))
 
 
 def own_settings(place: Place, settings: Config) -> Config:
@@ -138,7 +143,7 @@ def own_settings(place: Place, settings: Config) -> Config:
         settings,
         root=str(place.root / "root"),
         state=str(place.state),
-        api=replace(settings.api, listen=str(place.socket), stream_port=0),
+        api=ApiSettings(listen=str(place.socket)),
         image=replace(
             settings.image,
             registries_conf=str(place.root / "registries.conf"),
@@ -179,10 +184,13 @@ async def make_bridge(place: Place) -> None:
 
 
 async def remove_links(names: Iterable[str]) -> None:
-    """Delete interfaces; those that are gone are fine."""
+    """Delete interfaces; one that is gone, or goes meanwhile with the namespace of its other end, is fine."""
     for name in names:
-        if Path("/sys/class/net", name).exists():
+        try:
             await ip("link", "delete", name)
+        except HostFailure:
+            if Path("/sys/class/net", name).exists():
+                raise
 
 
 async def ip(*arguments: str) -> None:

@@ -10,16 +10,19 @@ from typing import Any
 
 from crishim.cli.requirements.files import in_words
 from crishim.cli.showcase import cleaning, daemon, image, place
+from crishim.cli.showcase.image import Image
 from crishim.cli.showcase.narrator import Narrator
 from crishim.cli.showcase.place import Place
 from crishim.cli.showcase.registry import Registry
 from crishim.config.settings import Config
 from crishim.cri.client import Client
 from crishim.errors import HostFailure
+from crishim.host import process
 
 PAGE = "Hello from a pod that crishim runs."
 _PORT = 8080
-_COMMAND = f"echo the shop is open; exec httpd -f -v -p {_PORT} -h /www"
+_COMMAND = f"trap 'exit 0' TERM; echo the shop is open; httpd -f -v -p {_PORT} -h /www & wait"
+"""The first process of a PID namespace gets only the signals that it asks for."""
 _ANSWER_SECONDS = 10.0
 _STOP_SECONDS = 2
 
@@ -32,30 +35,33 @@ class Story:
         self._settings = settings
         self._tell = narrator
         self._client = Client(where.socket)
-        self._daemon: Any = None
+        self._daemon: process.Started | None = None
 
     async def tell(self) -> None:
         """From the image to the last thing removed; whatever goes wrong is raised, with the daemon ended."""
-        try:
-            with Registry() as registry:
-                name = await self._prepare(registry)
+        place.make(self._place, self._settings)
+        with Registry() as registry:
+            try:
+                made = await self._make_image()
+                name = await self._prepare(registry, made)
                 await self._start()
-                try:
-                    await self._run(name)
-                    await self._client.close()
-                finally:
-                    await self._end()
-                self._inspect()
-        finally:
-            await self._client.close()
+                await self._ask()
+                await self._pull(name, made)
+                await self._run(name)
+            finally:
+                await self._end()
+        await self._inspect()
 
-    async def _prepare(self, registry: Registry) -> str:
+    async def _make_image(self) -> Image:
         with self._tell.step("Making an image of this host's busybox") as result:
             made = await image.busybox(f"{PAGE}\n")
-            result(f"{in_words(made.size)}, manifest {made.digest[7:19]}")
+            result(in_words(made.size))
+        return made
+
+    async def _prepare(self, registry: Registry, made: Image) -> str:
         with self._tell.step("Offering it in a registry") as result:
             name = registry.add("crishim/demo", "latest", made)
-            place.write(self._place, self._settings, registry.host)
+            place.trust(self._place, registry.host)
             result(registry.host)
         with self._tell.step("Making a bridge for the pod") as result:
             await place.make_bridge(self._place)
@@ -66,16 +72,17 @@ class Story:
         with self._tell.step("Starting the daemon") as result:
             self._daemon = daemon.start(self._place)
             await daemon.ready(self._daemon, self._client)
-            result(f"process {self._daemon.pid} on {self._place.socket}")
+            result(f"process {self._daemon.pid}")
 
     async def _end(self) -> None:
+        await self._client.close()
+        if self._daemon is None:
+            return
         with self._tell.step("Stopping the daemon") as result:
             await daemon.stop(self._daemon)
             result(f"exit status {self._daemon.returncode}")
 
     async def _run(self, name: str) -> None:
-        await self._ask()
-        await self._pull(name)
         with self._tell.step("Starting a pod") as result:
             config = self._pod_config()
             pod = (await self._client.call("RunPodSandbox", config=config)).pod_sandbox_id
@@ -96,18 +103,21 @@ class Story:
                     raise HostFailure(f"{condition.reason}: {condition.message}")
                 result(condition.type)
 
-    async def _pull(self, name: str) -> None:
+    async def _pull(self, name: str, made: Image) -> None:
         with self._tell.step("Pulling the image") as result:
             await self._client.call("PullImage", image={"image": name})
             found = (await self._client.call("ImageStatus", image={"image": name}, verbose=True)).image
-            result(f"{name}, {in_words(found.size)} unpacked")
+            result(f"1 layer, {in_words(made.size)}, {in_words(found.size)} unpacked")
 
     def _pod_config(self) -> dict[str, Any]:
         return {
             "metadata": {"name": "demo", "namespace": "default", "uid": self._place.token},
             "hostname": "demo",
             "log_directory": str(self._place.pod_logs),
-            "linux": {"cgroup_parent": self._place.cgroup},
+            "linux": {
+                "cgroup_parent": self._place.cgroup,
+                "security_context": {"namespace_options": {"pid": "CONTAINER"}},
+            },
         }
 
     async def _start_container(self, pod: str, sandbox_config: dict[str, Any], name: str) -> str:
@@ -116,6 +126,7 @@ class Story:
             "image": {"image": name},
             "command": ["/bin/sh", "-c", _COMMAND],
             "log_path": "web/0.log",
+            "linux": {"security_context": {"namespace_options": {"pid": "CONTAINER"}}},
         }
         with self._tell.step("Creating a container in it") as result:
             made = await self._client.call(
@@ -164,12 +175,15 @@ class Story:
         with self._tell.step(title):
             await work()
 
-    def _inspect(self) -> None:
-        """The daemon has ended and the pod is removed: of the pod there must be nothing."""
+    async def _inspect(self) -> None:
+        """The pod is removed and the daemon has ended: nothing of them may be there."""
         with self._tell.step("Looking for anything left behind") as result:
-            if found := cleaning.leftovers(self._place):
+            status = self._daemon.returncode if self._daemon else -1
+            if status != 0:
+                raise HostFailure(f"the daemon ended with status {status}")
+            if found := await cleaning.settled(self._place):
                 raise HostFailure(f"the daemon left behind {', '.join(found)}")
-            result("no process, mount, interface or cgroup")
+            result("no process, mount, interface, cgroup")
 
 
 def _state(status: Any) -> str:

@@ -209,7 +209,11 @@ def log_lines(path: Path) -> list[LogLine]:
 @contextlib.asynccontextmanager
 async def connect(daemon: Daemon) -> AsyncIterator[Cri]:
     """A client of ``daemon``."""
-    options = [("grpc.max_receive_message_length", _LIMIT), ("grpc.max_send_message_length", _LIMIT)]
+    options = [
+        ("grpc.max_receive_message_length", _LIMIT),
+        ("grpc.max_send_message_length", _LIMIT),
+        ("grpc.use_local_subchannel_pool", 1),  # else it shares the back-off of one whose daemon was killed
+    ]
     async with aio.insecure_channel(daemon.target, options=options) as channel:
         yield Cri(daemon, channel)
 
