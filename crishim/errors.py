@@ -26,6 +26,10 @@ class Code(enum.Enum):
     UNAVAILABLE = "UNAVAILABLE"
 
 
+_LONGEST = 2000
+"""Characters of a message: gRPC carries it in a header, and gives up the status for one that is too long."""
+
+
 class CrishimError(Exception):
     """Base of all errors that a caller is meant to see."""
 
@@ -35,7 +39,8 @@ class CrishimError(Exception):
     def message(self) -> str:
         """The sentence for the caller, with what failed while cleaning up after it."""
         notes = getattr(self, "__notes__", [])
-        return "; ".join([str(self), *notes])
+        text = " ".join("; ".join([str(self), *notes]).split("\n"))
+        return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 class InvalidArgument(CrishimError):

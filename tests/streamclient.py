@@ -45,6 +45,7 @@ async def request(url: str, headers: Sequence[tuple[str, str]] = (), method: str
     async with asyncio.timeout(SECONDS):
         answer = await reader.read()
     writer.close()
+    await asyncio.sleep(0)
     return answer
 
 
@@ -84,7 +85,10 @@ class SpdyClient:
         writer.write((head + "Content-Length: 0\r\n\r\n").encode())
         async with asyncio.timeout(SECONDS):
             answer = await reader.readuntil(b"\r\n\r\n")
-        assert answer.startswith(b"HTTP/1.1 101"), answer
+        if not answer.startswith(b"HTTP/1.1 101"):
+            writer.transport.abort()
+            await asyncio.sleep(0)
+            raise AssertionError(answer)
         if version:
             assert f"x-stream-protocol-version: {version}".encode() in answer.lower(), answer
         client = cls(reader, writer, window)

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 
 import click
 
@@ -28,6 +29,9 @@ def serve(settings: Config) -> None:
     """Serve the CRI until SIGTERM. Containers go on running without the daemon."""
     log.set_up(settings.log)
     asyncio.run(_serve(settings))
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)  # everything is closed: threads that a hung file system or registry holds are not waited for
 
 
 async def _serve(settings: Config) -> None:

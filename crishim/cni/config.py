@@ -31,8 +31,13 @@ class NetworkConfig:
         return json.dumps({"name": self.name, "cniVersion": self.cni_version, "plugins": list(self.plugins)})
 
     def plugin_types(self) -> list[str]:
-        """The programs it needs."""
+        """The plugins' names, in order."""
         return [str(plugin["type"]) for plugin in self.plugins]
+
+    def programs(self) -> list[str]:
+        """All programs it needs: the plugins, and those that they ask for addresses."""
+        ipam = [plugin["ipam"].get("type") for plugin in self.plugins if isinstance(plugin.get("ipam"), dict)]
+        return [*self.plugin_types(), *(str(kind) for kind in ipam if kind)]
 
     def plugin_input(
         self, plugin: Mapping[str, Any], capability_args: Mapping[str, Any], previous: Any | None

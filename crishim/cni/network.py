@@ -58,7 +58,7 @@ class Networks:
     def current(self) -> NetworkConfig:
         """The configuration for new pods; :class:`ConfigError` if there is none or a plugin is missing."""
         config = choose(Path(self._settings.conf_dir))
-        for kind in config.plugin_types():
+        for kind in config.programs():
             if find_plugin(kind, self._settings.bin_dirs) is None:
                 raise ConfigError(
                     f"cni plugin {kind} of network {config.name} is not in {', '.join(self._settings.bin_dirs)}"

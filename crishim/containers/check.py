@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import posixpath
+
 from crishim.errors import CrishimError, FailedPrecondition, InvalidArgument, Unimplemented
 from crishim.host.facts import HostFacts
 from crishim.model import signals
@@ -49,7 +51,7 @@ def check(config: ContainerConfig, sandbox: SandboxRecord, facts: HostFacts, fea
 
 
 def _check_log_path(path: str) -> None:
-    if path.startswith("/") or ".." in path.split("/"):
+    if path.startswith("/") or ".." in path.split("/") or (path and posixpath.normpath(path) == "."):
         raise InvalidArgument(f"log_path {path!r} leads out of the sandbox's log directory")
 
 

@@ -7,6 +7,7 @@ import logging
 import secrets
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -17,10 +18,11 @@ from crishim.containers.lifecycle import tear_down, tell, watch
 from crishim.containers.prepare import Plan
 from crishim.containers.room import Room
 from crishim.containers.table import Container
-from crishim.errors import FailedPrecondition, HostFailure, NotFound
+from crishim.errors import FailedPrecondition, NotFound
 from crishim.host.files import write_atomically
 from crishim.host.mounts import Overlay, mount
 from crishim.host.pidfd import start_time
+from crishim.host.threads import in_thread
 from crishim.model import signals
 from crishim.model.cri import ContainerConfig, LinuxContainerUser
 from crishim.model.records import (
@@ -39,27 +41,44 @@ from crishim.state.events import EventKind
 
 _log = logging.getLogger(__name__)
 CREATE_SECONDS = 240.0
+OUTSIDE_SECONDS = 20.0
+"""How long the file systems of the paths that a container names may take to answer."""
 
 
-async def create(room: Room, sandbox: SandboxRecord, config: ContainerConfig) -> str:
-    """Create the container; the result is its ID. On failure nothing of it stays."""
-    check(config, sandbox, room.facts, room.handlers.get(sandbox.handler).features)
+async def create(room: Room, pod: Callable[[], SandboxRecord], config: ContainerConfig) -> str:
+    """Create the container; the result is its ID. On failure nothing of it stays.
+
+    ``pod`` gives the sandbox as it is at the moment. The operation is the node's: a caller who comes back with
+    the same configuration gets its result, as long as nobody has been told of it.
+    """
+    check(config, pod(), room.facts, room.handlers.get(pod().handler).features)
+    name = container_name(pod().id, config)
+    made = room.table.find(room.undelivered.get(name, ""))
+    if made is None or made.record.state is not ContainerState.CREATED or made.record.config != config:
+        key = ("create", name, msgspec.json.encode(config))
+        container_id = await room.operations.join(key, lambda: _create(room, pod, config))
+    else:
+        container_id = made.record.id
+    room.undelivered.pop(name, None)
+    return container_id
+
+
+async def _create(room: Room, pod: Callable[[], SandboxRecord], config: ContainerConfig) -> str:
+    await _old_one_gone(room, pod().id, config)
+    sandbox = pod()
     if sandbox.state is not SandboxState.READY:
         raise FailedPrecondition(f"pod sandbox {sandbox.id} is not ready")
     assert config.image is not None
-    await _old_one_gone(room, sandbox.id, config)
     image = room.images.find(config.image.image)
     if image is None:
         raise NotFound(f"image {config.image.image!r} is not here: pull it first")
     record = _new_record(room, sandbox, config, image)
     container = Container(record)
-    room.table.add(container)  # before anything is awaited: the image cannot be removed from now on
+    # nothing was awaited since the looks at sandbox and image: from now on both know of the container
+    room.table.add(container)
+    container.maker = asyncio.current_task()
     try:
         await room.store.add_container(record)
-    except BaseException:
-        room.table.drop(record.id)
-        raise
-    try:
         with container.timeline.recording():
             await _make(room, container, Plan(record, sandbox, image))
     except BaseException as err:
@@ -107,8 +126,14 @@ def _stop_signal(config: ContainerConfig, image: ImageRecord) -> int:
 
 async def _make(room: Room, container: Container, plan: Plan) -> None:
     """Root file system, bundle, and the container itself."""
+    with step("look at what the kubelet names"):
+        outside = await in_thread(
+            lambda: prepare.look_outside(room.facts, plan.record.config, log_path(plan.sandbox, plan.record.config)),
+            what=f"a path that container {plan.record.id[:13]} asks for",
+            timeout=OUTSIDE_SECONDS,
+        )
     with step("prepare root and bundle"):
-        user = await asyncio.to_thread(_prepare, room, plan)
+        user = await in_thread(lambda: _prepare(room, plan, outside))
     runtime = room.handlers.get(plan.sandbox.handler)
     monitor = conmon.Monitor(
         program=room.settings.conmon,
@@ -140,7 +165,7 @@ async def _make(room: Room, container: Container, plan: Plan) -> None:
     container.record = record
 
 
-def _prepare(room: Room, plan: Plan) -> LinuxContainerUser:
+def _prepare(room: Room, plan: Plan, outside: prepare.Outside) -> LinuxContainerUser:
     """Blocking part of :func:`_make`."""
     bundle = room.paths.bundle(plan.record.id)
     writable = room.paths.writable / plan.record.id
@@ -153,16 +178,10 @@ def _prepare(room: Room, plan: Plan) -> LinuxContainerUser:
         lower = (str(writable / "empty"),)
     mount(Overlay(room.layers.directory, lower, bundle / "rootfs", writable / "upper", writable / "work"))
     who = prepare.identity(plan.record.config, plan.image, bundle / "rootfs")
-    generated = generate(prepare.inputs(room, plan, who))
+    generated = generate(prepare.inputs(room, plan, who, outside))
     for remark in generated.remarks:
         _log.warning("container %s: left out: %s", plan.record.id[:13], remark)
     write_atomically(bundle / "config.json", generated.spec.encode())
-    path = log_path(plan.sandbox, plan.record.config)
-    if path is not None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as err:
-            raise HostFailure(f"cannot make the log directory {path.parent}: {err.strerror}") from err
     return who.user
 
 

@@ -123,7 +123,7 @@ class _Pipes:
         self._fds = _Descriptors()
         self._client = client
         self._stdin = self._stdout = -1
-        null = self._fds.keep(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
+        self._null = null = self._fds.keep(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
         stdin = stdout = null
         if client.stdin is not None:
             self._stdin, stdin = self._pipe(read_here=False)
@@ -140,7 +140,7 @@ class _Pipes:
 
     def start(self) -> None:
         """The command runs: move bytes."""
-        for fd in {self.stdio.stdin, self.stdio.stdout, self.stdio.stderr}:
+        for fd in {self._null, self.stdio.stdin, self.stdio.stdout, self.stdio.stderr}:
             self._fds.close(fd)
         if self._client.stdin is not None:
             self._writer = Writer(self._stdin, self._client.stdin, lambda: self._fds.close(self._stdin))

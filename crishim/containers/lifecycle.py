@@ -17,6 +17,7 @@ from crishim.errors import CrishimError, DeadlineExceeded, FailedPrecondition
 from crishim.host.files import remove_tree
 from crishim.host.mounts import unmount
 from crishim.host.pidfd import ProcessHandle
+from crishim.host.threads import in_thread
 from crishim.model.records import ContainerRecord, ContainerState, container_name
 from crishim.observe.timeline import step
 from crishim.runtimes.exits import Exit, wait_exit
@@ -142,7 +143,7 @@ async def release(room: Room, record: ContainerRecord) -> None:
         _log.warning("container %s: %s", record.id[:13], err)
         failure = err
     with step("unmount root"):
-        await asyncio.to_thread(_release_files, room, record)
+        await in_thread(lambda: _release_files(room, record))
     if failure is not None:
         raise failure
 
@@ -156,7 +157,7 @@ def _release_files(room: Room, record: ContainerRecord) -> None:
 async def tear_down(room: Room, record: ContainerRecord) -> None:
     """Remove everything that is the container's but its row and its log; repeating it is harmless."""
     await release(room, record)
-    await asyncio.to_thread(_remove_files, room, record)
+    await in_thread(lambda: _remove_files(room, record))
 
 
 def _remove_files(room: Room, record: ContainerRecord) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 from crishim.containers.check import apparmor_profile, seccomp_profile
 from crishim.containers.room import Room
 from crishim.containers.table import ContainerTable
-from crishim.errors import FailedPrecondition, InvalidArgument
+from crishim.errors import FailedPrecondition, HostFailure, InvalidArgument
 from crishim.host.facts import HostFacts
 from crishim.host.files import read_in_root
 from crishim.host.namespaces import NamespaceKind
@@ -33,6 +34,7 @@ from crishim.spec.resources import Controllers
 from crishim.spec.user import AccountFiles, Identity, resolve
 
 _ACCOUNT_FILE_LIMIT = 4 << 20
+_PROFILE_LIMIT = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,30 @@ class Plan:
     image: ImageRecord
 
 
+@dataclass(frozen=True)
+class Outside:
+    """What was found at the paths that the kubelet names, on file systems that may be anybody's."""
+
+    mount_sources: Mapping[str, str]
+    devices: tuple[tuple[oci.LinuxDevice, str], ...]
+    seccomp: generate.SeccompChoice | None
+
+
+def look_outside(facts: HostFacts, config: ContainerConfig, log: Path | None) -> Outside:
+    """Look, and make the log directory; a hung file system holds this for ever, so it acquires nothing."""
+    _, security = generate.linux_of(config)
+    if log is not None:
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as err:
+            raise HostFailure(f"cannot make the log directory {log.parent}: {err.strerror}") from err
+    return Outside(
+        mount_sources(config.mounts),
+        tuple(_all_devices() if security.privileged else _devices(config.devices)),
+        _seccomp(security, facts),
+    )
+
+
 def identity(config: ContainerConfig, image: ImageRecord, root: Path) -> Identity:
     """Who the container runs as, by the account files of its root file system."""
     _, security = generate.linux_of(config)
@@ -53,7 +79,7 @@ def identity(config: ContainerConfig, image: ImageRecord, root: Path) -> Identit
     return resolve(security, image.config.user, files)
 
 
-def inputs(room: Room, plan: Plan, who: Identity) -> generate.Inputs:
+def inputs(room: Room, plan: Plan, who: Identity, outside: Outside) -> generate.Inputs:
     """Everything that :func:`crishim.spec.generate.generate` decides from."""
     config = plan.record.config
     _, security = generate.linux_of(config)
@@ -68,11 +94,11 @@ def inputs(room: Room, plan: Plan, who: Identity) -> generate.Inputs:
             Controllers(room.cgroups.controllers, room.cgroups.unified, room.cgroups.swap),
         ),
         cgroups_path=plan.record.cgroup,
-        mount_sources=mount_sources(config.mounts),
-        devices=tuple(_all_devices() if security.privileged else _devices(config.devices)),
+        mount_sources=outside.mount_sources,
+        devices=outside.devices,
         pids_limit=room.settings.pids_limit,
         apparmor_profile=apparmor_profile(security, room.facts),
-        seccomp=_seccomp(security, room.facts),
+        seccomp=outside.seccomp,
         annotations=_annotations(plan),
     )
 
@@ -84,10 +110,9 @@ def _seccomp(security: LinuxContainerSecurityContext, facts: HostFacts) -> gener
     architecture = node_architecture()
     if profile.profile_type is ProfileType.RuntimeDefault:
         return generate.SeccompChoice(architecture, facts.kernel)
-    try:
-        data = Path(profile.localhost_ref).read_bytes()
-    except OSError as err:
-        raise FailedPrecondition(f"cannot read seccomp profile {profile.localhost_ref}: {err.strerror}") from err
+    data = read_in_root(Path("/"), profile.localhost_ref, _PROFILE_LIMIT)
+    if data is None:
+        raise FailedPrecondition(f"seccomp profile {profile.localhost_ref} is not a file that can be read")
     return generate.SeccompChoice(architecture, facts.kernel, profile.localhost_ref, data)
 
 
@@ -134,8 +159,11 @@ def mount_sources(mounts: list[Mount]) -> dict[str, str]:
     sources = {}
     for mount in mounts:
         source = os.path.realpath(mount.host_path)
-        if not os.path.lexists(source):
-            raise FailedPrecondition(f"mount source {mount.host_path} of {mount.container_path} does not exist")
+        try:
+            os.stat(source)
+        except OSError as err:
+            reason = "does not exist" if err.errno == errno.ENOENT else f"cannot be used: {err.strerror}"
+            raise FailedPrecondition(f"mount source {mount.host_path} of {mount.container_path} {reason}") from err
         sources[mount.host_path] = source
     _check_propagation(mounts, sources)
     return sources

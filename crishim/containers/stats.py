@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from crishim.cgroups import stats as cgroup_stats
 from crishim.cgroups.stats import Usage
 from crishim.containers.room import Room
 from crishim.containers.table import Container
+from crishim.host.threads import in_thread
 from crishim.host.usage import disk_usage
 from crishim.model.records import ContainerRecord, ContainerState
 
@@ -50,7 +50,7 @@ class Meter:
     async def measure(self, containers: Sequence[Container]) -> list[ContainerUsage]:
         """All of ``containers`` in one pass over their cgroup files, in one thread."""
         records = [container.record for container in containers]
-        usages = await asyncio.to_thread(self._read, records)
+        usages = await in_thread(lambda: self._read(records))
         self._forget()
         return [self._one(record, usage) for record, usage in zip(records, usages, strict=True)]
 
@@ -89,7 +89,7 @@ class Meter:
 
     async def _count(self, container_id: str) -> None:
         upper = self._room.paths.writable / container_id / "upper"
-        used, inodes = await asyncio.to_thread(disk_usage, upper)
+        used, inodes = await in_thread(lambda: disk_usage(upper))
         self._layers[container_id] = LayerUsage(time.time_ns(), used, inodes)
 
     def _forget(self) -> None:

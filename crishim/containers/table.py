@@ -22,6 +22,8 @@ class Container:
     exited: asyncio.Event = field(default_factory=asyncio.Event)
     handle: ProcessHandle | None = None
     """Its first process, while it runs; closed by the one who waits for the end."""
+    maker: asyncio.Task[object] | None = None
+    """The operation that creates it, while it does."""
     watcher: asyncio.Task[None] | None = None
     kill_timer: asyncio.TimerHandle | None = None
     killed: bool = False

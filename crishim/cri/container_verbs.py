@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import msgspec
 
 from crishim.containers import lifecycle
@@ -16,8 +14,9 @@ from crishim.cri.api import api_pb2 as pb
 from crishim.cri.node import Node, Verb
 from crishim.cri.translate import from_proto
 from crishim.errors import FailedPrecondition, InvalidArgument
+from crishim.host.threads import in_thread
 from crishim.model.cri import ContainerConfig, LinuxContainerResources
-from crishim.model.records import ContainerRecord, ContainerState, SandboxState, container_name
+from crishim.model.records import ContainerRecord, ContainerState, SandboxState
 
 _FROM_PROTO = {number: state for state, number in messages.CONTAINER_STATES.items()}
 
@@ -30,12 +29,7 @@ async def create_container(node: Node, request: pb.CreateContainerRequest) -> pb
     if config.metadata is None:
         raise InvalidArgument("config.metadata is missing")
     sandbox = node.pods.table.get(_id(request.pod_sandbox_id, "pod_sandbox_id"))
-    room = node.containers
-    name = container_name(sandbox.record.id, config)
-    made = room.undelivered.get(name, "")
-    if not (made and room.table.find(made)):
-        made = await room.operations.join(("create", name), lambda: create(room, sandbox.record, config))
-    room.undelivered.pop(name, None)
+    made = await create(node.containers, lambda: sandbox.record, config)
     return pb.CreateContainerResponse(container_id=made)
 
 
@@ -71,7 +65,7 @@ async def remove_container(node: Node, request: pb.RemoveContainerRequest) -> pb
 async def container_status(node: Node, request: pb.ContainerStatusRequest) -> pb.ContainerStatusResponse:
     """One container."""
     container = node.containers.table.get(_id(request.container_id))
-    info = await asyncio.to_thread(_info, node, container) if request.verbose else {}
+    info = await in_thread(lambda: _info(node, container)) if request.verbose else {}
     return pb.ContainerStatusResponse(status=status_of(node, container.record), info=info)
 
 

@@ -109,7 +109,7 @@ class _Call:
             raise err
         self._code = "INTERNAL"
         _log.error("failed unexpectedly", exc_info=err)
-        await context.abort(grpc.StatusCode.INTERNAL, f"unexpected {type(err).__name__}: {err}")
+        await context.abort(grpc.StatusCode.INTERNAL, f"unexpected {type(err).__name__}: {str(err)[:1000]}")
 
 
 def _subject(request: Any) -> str:

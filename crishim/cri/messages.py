@@ -115,7 +115,7 @@ def image_of(record: ImageRecord) -> pb.Image:
         size=record.size,
         spec=pb.ImageSpec(image=record.id),
     )
-    if user.isdecimal():
+    if user.isascii() and user.isdecimal() and int(user[:11]) < 2**32 - 1 and len(user) <= 10:
         image.uid.value = int(user)
     elif user:
         image.username = user

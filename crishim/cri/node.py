@@ -25,6 +25,7 @@ from crishim.cri.api import api_pb2 as pb
 from crishim.cri.cache import MessageCache
 from crishim.host.facts import HostFacts, read_facts
 from crishim.host.reaper import become_subreaper, reap_forgotten
+from crishim.host.threads import in_thread
 from crishim.images.pull import Puller
 from crishim.images.store import ImageStore
 from crishim.layers.client import Limits, UnpackWorkers
@@ -117,19 +118,19 @@ async def start(node: Node) -> None:
     become_subreaper()
     room, store = node.containers, node.containers.store
     await room.handlers.probe()
-    rebooted = await asyncio.to_thread(_boot_changed, node)
-    lost = await asyncio.to_thread(lambda: room.layers.load(after_crash_of_host=rebooted))
+    rebooted = await in_thread(lambda: _boot_changed(node))
+    lost = await in_thread(lambda: room.layers.load(after_crash_of_host=rebooted))
     await room.layers.forget(lost)
-    await room.images.forget(await asyncio.to_thread(room.images.load))
+    await room.images.forget(await in_thread(room.images.load))
     await store.set_fact("boot_id", node.facts.boot_id)
-    sandboxes = await asyncio.to_thread(store.sandboxes)
-    containers = await asyncio.to_thread(store.containers)
-    await asyncio.to_thread(strays.end, room, containers, sandboxes)
+    sandboxes = await in_thread(store.sandboxes)
+    containers = await in_thread(store.containers)
+    await in_thread(lambda: strays.end(room, containers, sandboxes))
     for container in sorted(containers, key=lambda record: record.created_at):
         await container_lifecycle.recover(room, container)
     for sandbox in sorted(sandboxes, key=lambda record: record.created_at):
         await pod_lifecycle.recover(node.pods, sandbox)
-    await asyncio.to_thread(strays.sweep, room, {r.id for r in containers}, {r.id for r in sandboxes})
+    await in_thread(lambda: strays.sweep(room, {r.id for r in containers}, {r.id for r in sandboxes}))
     await node.streams.start()
     node.background.add(asyncio.create_task(reap_forgotten(), name="reaper"))
     _log.info("took up %d sandboxes, %d containers, %d images", len(sandboxes), len(containers), len(room.images.all()))
@@ -152,6 +153,5 @@ async def stop(node: Node) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    await asyncio.to_thread(node.workers.close)
-    node.puller.close()
-    await asyncio.to_thread(node.database.close)
+    await in_thread(node.workers.close)
+    await in_thread(node.database.close)

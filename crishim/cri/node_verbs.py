@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import msgspec
 
 import crishim
 from crishim.cri.api import api_pb2 as pb
 from crishim.cri.node import Node, Verb
 from crishim.errors import ConfigError, Unimplemented
+from crishim.host.threads import in_thread
 
 _KUBELET_API = "0.1.0"
 CRI_VERSION = "v1"
@@ -29,7 +28,7 @@ async def status(node: Node, request: pb.StatusRequest) -> pb.StatusResponse:
     """Whether pods can be run, and with what."""
     handlers = node.containers.handlers
     problem = handlers.problem()
-    network = await asyncio.to_thread(_network_problem, node)
+    network = await in_thread(lambda: _network_problem(node))
     names = ["", *handlers.all()] if not problem else list(handlers.all())
     return pb.StatusResponse(
         status=pb.RuntimeStatus(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from crishim.cri.node import Node, Verb
 from crishim.cri.translate import to_proto
 from crishim.errors import InvalidArgument
 from crishim.host.netdev import Interface, interfaces
+from crishim.host.threads import in_thread
 from crishim.model.records import ContainerState, SandboxRecord, SandboxState
 from crishim.pods.network import IFNAME
 from crishim.pods.table import SandboxFilter
@@ -60,7 +60,7 @@ async def _measure(node: Node, wanted: ContainerFilter) -> list[ContainerUsage]:
 async def _sandbox(node: Node, record: SandboxRecord) -> pb.PodSandboxStats:
     wanted = ContainerFilter(sandbox_id=record.id, state=ContainerState.RUNNING)
     containers = await _measure(node, wanted)
-    usage, devices = await asyncio.to_thread(_pod_usage, node, record)
+    usage, devices = await in_thread(lambda: _pod_usage(node, record))
     rates = [item.nano_cores for item in containers if item.nano_cores is not None]
     stats = pb.PodSandboxStats(
         attributes=pb.PodSandboxAttributes(

@@ -47,18 +47,25 @@ def _reader(kind: type[Value]) -> Read:
 def _field_reader(field: FieldDescriptor, hint: Any) -> Read:
     name = field.name
     if get_origin(hint) is dict:
-        return lambda message: dict(getattr(message, name))
+        return lambda message: {_text(name, key): _text(name, value) for key, value in getattr(message, name).items()}
     if get_origin(hint) is list:
         (inner,) = get_args(hint)
         if _is_value(inner):
             read = _reader(inner)
             return lambda message: [read(item) for item in getattr(message, name)]
-        return lambda message: list(getattr(message, name))
+        return lambda message: [_text(name, item) for item in getattr(message, name)]
     if type(None) in get_args(hint):
         return _optional_reader(name, get_args(hint)[0])
     if isinstance(hint, type) and issubclass(hint, enum.IntEnum):
         return lambda message: _enum(hint, name, getattr(message, name))
-    return lambda message: getattr(message, name)
+    return lambda message: _text(name, getattr(message, name))
+
+
+def _text(name: str, value: Any) -> Any:
+    """``value``; a string that no system call could take is refused here, once for all."""
+    if isinstance(value, str) and "\0" in value:
+        raise InvalidArgument(f"{name} has a NUL in it")
+    return value
 
 
 def _optional_reader(name: str, inner: Any) -> Read:

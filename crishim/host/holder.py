@@ -18,7 +18,8 @@ from crishim.errors import HostFailure
 from crishim.host import libc
 from crishim.host.threads import run_in_own_thread
 
-_NOBODY = 65534
+_HOLDER_ID = 0xFFFFFFF1
+"""A user that nobody else is: not even a container's "nobody" can look at the holder or signal it."""
 _LAST_CAPABILITY = 63
 
 
@@ -41,7 +42,7 @@ class Holder:
             shutil.copyfile(self.program, temporary)
         except OSError as err:
             raise HostFailure(f"cannot use runtime.holder {self.program}: {err.strerror}") from err
-        temporary.chmod(0o555)
+        temporary.chmod(0o111)  # a program that its user cannot read is not dumpable: proc_pid_maps stays shut
         temporary.rename(target)
 
     def start(self) -> int:
@@ -64,7 +65,7 @@ class Holder:
             for capability in range(_LAST_CAPABILITY + 1):
                 with contextlib.suppress(OSError):
                     libc.prctl(libc.PR_CAPBSET_DROP, capability)
-            libc.become_in_thread(_NOBODY)
+            libc.become_in_thread(_HOLDER_ID)
             # vfork, which Popen uses without user= and preexec_fn=: fork would run gRPC's handlers, and
             # a thread with another PID namespace for its children cannot start threads
             return subprocess.Popen(

@@ -11,13 +11,14 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 
 from crishim.errors import HostFailure
 from crishim.host.pidfd import wait_readable
 
 DRAIN_SECONDS = 0.2
+_DYING_SECONDS = 5.0
 _CHUNK = 1 << 16
 
 
@@ -139,9 +140,20 @@ async def run(command: Command) -> Completed:
         except TimeoutError:
             timed_out = True
         finally:
-            kill_group(process)
+            await end(process)
         await output.drained()
-    return Completed(command.argv, process.returncode, output.stdout, output.stderr, timed_out)
+    returncode = process.returncode if process.returncode is not None else -signal.SIGKILL
+    return Completed(command.argv, returncode, output.stdout, output.stderr, timed_out)
+
+
+async def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill ``process`` with its group, unless it has ended, and wait a little until it is gone."""
+    if process.returncode is not None:
+        return
+    kill_group(process)
+    with contextlib.suppress(TimeoutError, ProcessLookupError):
+        async with asyncio.timeout(_DYING_SECONDS):
+            await wait_exit(process)
 
 
 async def wait_exit(process: subprocess.Popen[bytes]) -> int:
@@ -161,11 +173,48 @@ def disown(process: subprocess.Popen[bytes]) -> None:
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill ``process`` with its group, unless it has ended, and reap it."""
+    """Kill ``process`` with its group, unless it has ended. It is reaped when it is dead, without anyone waiting.
+
+    A process in an uninterruptible system call dies late or never, and must hold nobody up.
+    """
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()  # immediate: the process has had SIGKILL
+        _later(_reap(process))
+
+
+def reap_later(pid: int) -> None:
+    """Reap a child that has had SIGKILL, once it is dead."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    _later(_reap_by_fd(pidfd))
+
+
+_reaping: set[asyncio.Task[None]] = set()
+
+
+def _later(work: Coroutine[None, None, None]) -> None:
+    task = asyncio.get_running_loop().create_task(work, name="reap")
+    _reaping.add(task)
+    task.add_done_callback(_reaping.discard)
+
+
+async def _reap(process: subprocess.Popen[bytes]) -> None:
+    try:
+        await wait_exit(process)
+    finally:
+        process.returncode = process.returncode if process.returncode is not None else -signal.SIGKILL
+
+
+async def _reap_by_fd(pidfd: int) -> None:
+    try:
+        await wait_readable(pidfd)
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)  # noqa: ASYNC222 - it has ended
+    finally:
+        os.close(pidfd)
 
 
 @contextlib.asynccontextmanager

@@ -14,8 +14,8 @@ from pathlib import Path
 from crishim.host import libc
 from crishim.host.pidfd import start_time
 
-_AGE_SECONDS = 60.0
-_INTERVAL = 30.0
+_AGE_SECONDS = 10.0
+_INTERVAL = 5.0
 
 
 def become_subreaper() -> None:
@@ -24,7 +24,7 @@ def become_subreaper() -> None:
 
 
 async def reap_forgotten() -> None:
-    """Reap zombies that nobody has waited for in a minute, for ever."""
+    """Reap zombies that nobody has waited for in a while, for ever."""
     seen: dict[int, float] = {}
     while True:
         await asyncio.sleep(_INTERVAL)

@@ -62,13 +62,12 @@ class AuthConfig:
         return Credentials(self.username, self.password) if self.username else None
 
 
-def from_file(path: Path, reference: Reference) -> Credentials | None:
-    """The most specific entry for ``reference`` in an ``auth.json``."""
+def from_file(path: Path, name: str) -> Credentials | None:
+    """The most specific entry for the repository ``name``, with its registry, in an ``auth.json``."""
     try:
         entries = json.loads(path.read_text()).get("auths", {})
     except (OSError, ValueError, AttributeError) as err:
         raise ConfigError(f"cannot read image.auth_file {path}: {type(err).__name__}") from err
-    name = reference.name
     while name:
         for key in (name, f"https://{name}", f"https://{name}/v1/", f"https://{name}/v2/"):
             entry = entries.get(key)

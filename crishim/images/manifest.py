@@ -185,5 +185,5 @@ def read_config(data: bytes, manifest: Manifest) -> ConfigFile:
 def _decode(document: Document, kind: type[T], what: str = "manifest") -> T:
     try:
         return msgspec.json.decode(document.data, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as err:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as err:
         raise BadImage(f"the {what} {document.digest} is malformed: {str(err)[:1].lower()}{str(err)[1:]}") from err

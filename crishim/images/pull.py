@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from crishim.config.settings import ImageSettings
 from crishim.errors import CrishimError, NotFound, PermissionDenied, RegistryUnavailable
+from crishim.host.threads import in_thread
 from crishim.images import auth, manifest
 from crishim.images.auth import ANONYMOUS, AuthConfig, Credentials
 from crishim.images.manifest import ConfigFile, Descriptor, Manifest
 from crishim.images.policy import Policy
-from crishim.images.reference import Reference
-from crishim.images.registries import Registries
+from crishim.images.reference import DEFAULT_DOMAIN, Reference, is_short
+from crishim.images.registries import Endpoint, Registries
 from crishim.images.registry import Repository
 from crishim.images.store import ImageStore
 from crishim.layers.store import LayerStore, chain_ids
@@ -26,7 +24,6 @@ from crishim.model.records import ImageConfig, ImageRecord
 from crishim.observe.timeline import step
 from crishim.state.operations import Operations
 
-T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
@@ -39,6 +36,16 @@ class Resolved:
     digests: list[str]
     manifest: Manifest
     config: ConfigFile
+    budget: asyncio.Semaphore
+    """Layers of this image that are brought at the same time: a slow registry holds up its own images only."""
+
+    def layer_key(self, chain: list[str]) -> tuple[str, str, str, str]:
+        """The operation that brings layer ``chain[-1]``, shared with pulls of the same blob from the same host.
+
+        Another registry may name the same layer and never deliver it: that must not hold up this pull.
+        """
+        blob = self.manifest.layers[len(chain) - 1].digest
+        return ("layer", chain[-1], self.repository.endpoint.host, blob)
 
 
 class Puller:
@@ -51,8 +58,6 @@ class Puller:
         self._operations = operations
         self._registries = Registries(Path(settings.registries_conf))
         self._policy = Policy(settings)
-        self._budget = asyncio.Semaphore(settings.parallel_layers)
-        self._threads = ThreadPoolExecutor(8, thread_name_prefix="crishim-registry")
 
     async def pull(self, text: str, given: AuthConfig) -> ImageRecord:
         """Pull ``text``; the result is the image's record."""
@@ -62,19 +67,15 @@ class Puller:
             self._policy.check(reference)
             key = ("pull", str(reference), given)
             try:
-                return await self._operations.join(key, partial(self._pull, reference, given))
+                return await self._operations.join(key, partial(self._pull, text, reference, given), patient=True)
             except (NotFound, RegistryUnavailable, PermissionDenied) as err:
                 failure = failure or err
         assert failure is not None
         raise failure
 
-    def close(self) -> None:
-        """End the threads."""
-        self._threads.shutdown(cancel_futures=True)
-
-    async def _pull(self, reference: Reference, given: AuthConfig) -> ImageRecord:
+    async def _pull(self, text: str, reference: Reference, given: AuthConfig) -> ImageRecord:
         with step(f"resolve {reference}"):
-            found = await self._resolve(reference, given)
+            found = await self._resolve(reference, self._meant_for(text, reference, given))
         try:
             diff_ids = found.config.rootfs.diff_ids
             chain = chain_ids(diff_ids)
@@ -105,12 +106,13 @@ class Puller:
         for endpoint in self._registries.endpoints(reference):
             repository = Repository(
                 endpoint,
-                self._credentials(reference, given),
+                self._credentials(reference, endpoint, given),
                 Path(self._settings.certs_dir),
                 self._settings.stall_seconds,
             )
             try:
-                return await self._in_thread(partial(_resolve, repository, reference))
+                budget = asyncio.Semaphore(self._settings.parallel_layers)
+                return await in_thread(partial(_resolve, repository, reference, budget))
             except CrishimError as err:
                 _log.info("%s at %s: %s", reference, endpoint.host, err)
                 repository.close()
@@ -118,10 +120,18 @@ class Puller:
         assert failure is not None
         raise failure
 
-    def _credentials(self, reference: Reference, given: AuthConfig) -> Credentials:
-        found = given.credentials(reference)
+    def _meant_for(self, text: str, reference: Reference, given: AuthConfig) -> AuthConfig:
+        """Credentials of a short name are Docker's, unless they say whose they are: not any search registry's."""
+        if is_short(text) and not given.server_address and reference.domain != DEFAULT_DOMAIN:
+            return AuthConfig()
+        return given
+
+    def _credentials(self, reference: Reference, endpoint: Endpoint, given: AuthConfig) -> Credentials:
+        """What the caller gives is for the registry itself; a mirror only gets what the file has for it."""
+        found = None if endpoint.mirror else given.credentials(reference)
         if found is None and self._settings.auth_file:
-            found = auth.from_file(Path(self._settings.auth_file), reference)
+            name = f"{endpoint.host}/{endpoint.repository}" if endpoint.mirror else reference.name
+            found = auth.from_file(Path(self._settings.auth_file), name)
         return found or ANONYMOUS
 
     async def _fetch_layers(self, found: Resolved, chain: list[str]) -> None:
@@ -135,7 +145,7 @@ class Puller:
             raise _first(failures) from None
 
     async def _layer(self, found: Resolved, chain: list[str], descriptor: Descriptor) -> None:
-        key = ("layer", chain[-1])
+        key = found.layer_key(chain)
         await self._operations.join(key, lambda: self._fetch_layer(found, chain, descriptor), abandon=True)
 
     async def _fetch_layer(self, found: Resolved, chain: list[str], descriptor: Descriptor) -> None:
@@ -143,18 +153,18 @@ class Puller:
         with self._layers.pinned(chain):
             if self._layers.get(chain[-1]) is not None:
                 return
-            async with self._budget:
+            async with found.budget:
                 number, report = await self._layers.ingest(
                     chain[-1], diff_id, lambda fd: found.repository.blob(descriptor, fd)
                 )
             try:
-                await self._below(chain)
+                await self._below(found, chain)
             except BaseException:
                 await self._layers.discard(number)
                 raise
             await self._layers.commit(chain, diff_id, number, report)
 
-    async def _below(self, chain: list[str]) -> None:
+    async def _below(self, found: Resolved, chain: list[str]) -> None:
         """Wait until the layer below is committed."""
         if len(chain) > 1 and self._layers.get(chain[-2]) is None:
 
@@ -162,13 +172,10 @@ class Puller:
                 if self._layers.get(chain[-2]) is None:
                     raise RegistryUnavailable(f"layer {chain[-2]} below could not be pulled")
 
-            await self._operations.join(("layer", chain[-2]), gone)
-
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            await self._operations.join(found.layer_key(chain[:-1]), gone)
 
 
-def _resolve(repository: Repository, reference: Reference) -> Resolved:
+def _resolve(repository: Repository, reference: Reference, budget: asyncio.Semaphore) -> Resolved:
     """Blocking: manifest, the platform's manifest where it is an index, config."""
     top = repository.manifest(reference.target)
     digests = [reference.with_digest(top.digest)]
@@ -181,7 +188,7 @@ def _resolve(repository: Repository, reference: Reference) -> Resolved:
         digests.append(reference.with_digest(document.digest))
     parsed = manifest.read_manifest(document)
     config = manifest.read_config(repository.document(parsed.config, "config"), parsed)
-    return Resolved(reference, repository, digests, parsed, config)
+    return Resolved(reference, repository, digests, parsed, config, budget)
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -57,6 +57,8 @@ class Endpoint:
     host: str
     repository: str
     insecure: bool
+    mirror: bool = False
+    """Whether it stands in for the registry that was named: credentials for that one are not for it."""
 
 
 class Registries:
@@ -83,7 +85,7 @@ class Registries:
             raise PermissionDenied(f"registry {entry.scope} is blocked by {self._path}")
         rest = reference.name.removeprefix(entry.scope) if not entry.scope.startswith("*.") else ""
         places = [
-            _endpoint(mirror.location + rest, insecure=mirror.insecure)
+            _endpoint(mirror.location + rest, insecure=mirror.insecure, mirror=True)
             for mirror in entry.mirror
             if _mirror_applies(mirror, entry, reference)
         ]
@@ -135,8 +137,8 @@ def _mirror_applies(mirror: MirrorEntry, entry: RegistryEntry, reference: Refere
     return (wanted == "digest-only") == bool(reference.digest)
 
 
-def _endpoint(place: str, *, insecure: bool) -> Endpoint:
+def _endpoint(place: str, *, insecure: bool, mirror: bool = False) -> Endpoint:
     host, _, repository = place.partition("/")
     if host == DEFAULT_DOMAIN:
         host = "registry-1.docker.io"
-    return Endpoint(host, repository, insecure)
+    return Endpoint(host, repository, insecure, mirror)

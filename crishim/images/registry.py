@@ -14,6 +14,7 @@ import os
 import re
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ from crishim.observe.metrics import PULLED_BYTES
 _log = logging.getLogger(__name__)
 
 _MAX_DOCUMENT = 8 << 20
+_DOCUMENT_SECONDS = 120.0  # small documents come at once, or somebody wants to hold us
 _CHUNK = 1 << 20
 _CONNECT_SECONDS = 10.0
 _RETRIES = urllib3.Retry(
@@ -215,7 +217,7 @@ class Repository:
                  "refresh_token": self.credentials.identity_token}
             )  # fmt: skip
             headers = {"Content-Type": "application/x-www-form-urlencoded"}
-            response = self._open(realm, headers, method="POST", body=body)
+            response = self._open(realm, headers, method="POST", body=body, redirect=False)
         else:
             basic = self.credentials.basic
             separator = "&" if "?" in realm else "?"
@@ -228,7 +230,7 @@ class Repository:
                 raise PermissionDenied(f"{self.endpoint.host} refuses the credentials for {self.endpoint.repository}")
             answer = json.loads(_read_document(response, 1 << 20, "token"))
             token = answer.get("token") or answer.get("access_token")
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             token = None
         finally:
             response.close()
@@ -252,8 +254,11 @@ class Repository:
 
 def _read_document(response: urllib3.BaseHTTPResponse, limit: int, what: str) -> bytes:
     data = bytearray()
+    end = time.monotonic() + _DOCUMENT_SECONDS
     for chunk in _chunks(response, what):
         data += chunk
+        if time.monotonic() > end:
+            raise RegistryUnavailable(f"the transfer of {what} took more than {_DOCUMENT_SECONDS:g} s")
         if len(data) > limit:
             raise BadImage(f"the {what} is larger than {limit} bytes")
     return bytes(data)

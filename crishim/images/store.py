@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ class ImageStore:
         self._layers = layers
         self._images: dict[str, ImageRecord] = {}
         self._by_name: dict[str, str] = {}
+        self._changing = asyncio.Lock()
+        """Held for every change: one is made from what the one before has left."""
         self.users: Callable[[str], str] = lambda _image_id: ""
         """Names a container that uses an image, or is empty; set by the containers' room."""
 
@@ -77,6 +80,10 @@ class ImageStore:
 
     async def add(self, record: ImageRecord, reference: Reference, digests: list[str]) -> ImageRecord:
         """Record a pulled image under the names it was pulled by; the result has all its names."""
+        async with self._changing:
+            return await self._add(record, reference, digests)
+
+    async def _add(self, record: ImageRecord, reference: Reference, digests: list[str]) -> ImageRecord:
         tag = [] if reference.digest else [str(reference)]
         known = self._images.get(record.id)
         merged = msgspec.structs.replace(
@@ -100,6 +107,11 @@ class ImageStore:
 
         The CRI removes the image, not the tag it was named by; one in use is refused.
         """
+        async with self._changing:
+            await self._remove(text)
+        await self.collect()
+
+    async def _remove(self, text: str) -> None:
         record = self.find(text)
         if record is None:
             return
@@ -112,7 +124,6 @@ class ImageStore:
         except BaseException:
             self._remember(record)
             raise
-        await self.collect()
 
     async def collect(self) -> None:
         """Drop the layers that no image needs."""

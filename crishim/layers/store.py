@@ -22,10 +22,11 @@ import msgspec
 from crishim.errors import BadImage, HostFailure
 from crishim.host import libc
 from crishim.host.files import remove_tree
+from crishim.host.threads import in_thread
 from crishim.layers.client import Pump, Report, UnpackWorkers
 from crishim.model.records import LayerRecord
 from crishim.observe.timeline import step
-from crishim.state.operations import Operations
+from crishim.state.operations import Operations, to_the_end
 from crishim.state.store import Store
 
 _log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class LayerStore:
         self._layers: dict[str, LayerRecord] = {}
         self._pins: Counter[str] = Counter()
         self._numbers = itertools.count(1)
+        self._committing = asyncio.Lock()
 
     @property
     def directory(self) -> Path:
@@ -112,27 +114,37 @@ class LayerStore:
             if report.diff_id != diff_id:
                 raise BadImage(f"layer unpacks to {report.diff_id}, the image's config says {diff_id}")
         except BaseException:
-            await asyncio.shield(asyncio.to_thread(remove_tree, target.parent))
+            await asyncio.shield(in_thread(lambda: remove_tree(target.parent)))
             raise
         return number, report
 
     async def commit(self, chain: list[str], diff_id: str, number: int, report: Report) -> None:
-        """Make the unpacked directory ``number`` the layer ``chain[-1]``, above the others of ``chain``."""
-        record = LayerRecord(chain[-1], diff_id, number, report.size, report.entries)
-        below = [self.path(self._layers[chain_id]) for chain_id in reversed(chain[:-1])]
-        try:
-            await asyncio.to_thread(_finish, self.path(record), below, report)
-            await self._store.save_layer(record)
-        except BaseException:
-            await asyncio.shield(asyncio.to_thread(remove_tree, self._directory / str(number)))
-            raise
-        self._layers[record.chain_id] = record
+        """Make the unpacked directory ``number`` the layer ``chain[-1]``, above the others of ``chain``.
+
+        If somebody else has brought the layer meanwhile, theirs stays. Once begun it is done to the end.
+        """
+        await to_the_end(self._commit(chain, diff_id, number, report))
+
+    async def _commit(self, chain: list[str], diff_id: str, number: int, report: Report) -> None:
+        async with self._committing:
+            if chain[-1] in self._layers:
+                await self.discard(number)
+                return
+            record = LayerRecord(chain[-1], diff_id, number, report.size, report.entries)
+            below = [self.path(self._layers[chain_id]) for chain_id in reversed(chain[:-1])]
+            try:
+                await in_thread(lambda: _finish(self.path(record), below, report))
+                await self._store.save_layer(record)
+            except BaseException:
+                await self.discard(number)
+                raise
+            self._layers[record.chain_id] = record
         if not self._operations.under_way("sync layers"):
             self._operations.spawn("sync layers", self._make_durable)
 
     async def discard(self, number: int) -> None:
         """Drop a directory that was ingested and never committed."""
-        await asyncio.to_thread(remove_tree, self._directory / str(number))
+        await in_thread(lambda: remove_tree(self._directory / str(number)))
 
     async def forget(self, records: list[LayerRecord]) -> None:
         """Drop layers: first the rows, then the directories."""
@@ -140,7 +152,7 @@ class LayerStore:
             self._layers.pop(record.chain_id, None)
         await self._store.drop_layers([record.chain_id for record in records])
         for record in records:
-            await asyncio.to_thread(remove_tree, self._directory / str(record.number))
+            await self.discard(record.number)
 
     async def collect(self, needed: Collection[str]) -> None:
         """Drop every layer that is neither in ``needed`` nor pinned."""
@@ -156,7 +168,7 @@ class LayerStore:
     async def _make_durable(self) -> None:
         """Write what is committed to the device, then record that it is there."""
         while pending := [record for record in self._layers.values() if not record.durable]:
-            await asyncio.to_thread(_sync, self._directory)
+            await in_thread(lambda: _sync(self._directory))
             for record in pending:
                 durable = msgspec.structs.replace(record, durable=True)
                 if self._layers.get(record.chain_id) is record:

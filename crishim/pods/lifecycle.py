@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import time
@@ -12,17 +13,17 @@ from functools import partial
 import msgspec
 
 from crishim.containers import lifecycle as containers
-from crishim.errors import ConfigError, CrishimError
+from crishim.errors import CrishimError
 from crishim.host import namespaces
 from crishim.host.files import remove_tree
 from crishim.host.mounts import unmount
 from crishim.host.pidfd import ProcessHandle
+from crishim.host.threads import in_thread
 from crishim.model.records import (
     ContainerState,
     NetworkRecord,
     SandboxRecord,
     SandboxState,
-    container_name,
     sandbox_name,
 )
 from crishim.observe.timeline import step
@@ -54,15 +55,15 @@ async def _stop(room: Room, sandbox: Sandbox) -> None:
                 tell(room, EventKind.STOPPED, sandbox.record.id)
             # the containers get SIGKILL at once, so their network need not wait for them
             await _all(_stop_containers(room, sandbox), _detach(room, sandbox))
-            await asyncio.to_thread(_release_files, room, sandbox.record)
+            await in_thread(lambda: _release_files(room, sandbox.record))
 
 
 async def _stop_containers(room: Room, sandbox: Sandbox) -> None:
-    operations = room.containers.operations
     for container in room.containers.table.of_sandbox(sandbox.record.id):
-        if container.record.state is ContainerState.CREATING:
-            name = container_name(sandbox.record.id, container.record.config)
-            await operations.finished(("create", name), cancel=True)
+        maker = container.maker
+        if container.record.state is ContainerState.CREATING and maker is not None and not maker.done():
+            maker.cancel()
+            await asyncio.wait([maker])
     running = room.containers.table.of_sandbox(sandbox.record.id)
     await _all(*(containers.stop(room.containers, container, STOP_CONTAINER_SECONDS) for container in running))
 
@@ -128,7 +129,7 @@ async def tear_down(room: Room, record: SandboxRecord) -> None:
             await network.detach(room.networks, room.containers.paths, record)
     except CrishimError as err:
         failure = err
-    await asyncio.to_thread(_remove_files, room, record)
+    await in_thread(lambda: _remove_files(room, record))
     if failure is not None:
         raise failure
 
@@ -178,7 +179,8 @@ async def _linger(room: Room, sandbox: Sandbox) -> None:
     record = msgspec.structs.replace(sandbox.record, state=SandboxState.LINGERING)
     await room.containers.store.linger_sandbox(record)
     sandbox.record = record
-    await asyncio.to_thread(_remove_files, room, record)
+    with contextlib.suppress(CrishimError, OSError):
+        await in_thread(lambda: _remove_files(room, record))
     room.containers.operations.spawn(("detach", record.id), lambda: _outlast(room, record), patient=True)
 
 
@@ -186,8 +188,8 @@ async def _outlast(room: Room, record: SandboxRecord) -> None:
     while True:
         await asyncio.sleep(_LINGER_SECONDS)
         try:
-            await network.detach(room.networks, room.containers.paths, record)
-        except CrishimError as err:
+            await tear_down(room, record)
+        except (CrishimError, OSError) as err:
             _log.warning("the network of the removed pod sandbox %s is not released: %s", record.id, err)
             continue
         await room.containers.store.drop_sandbox(record.id)
@@ -249,8 +251,9 @@ async def _finish_removal(room: Room, sandbox: Sandbox) -> None:
         )
     try:
         await tear_down(room, sandbox.record)
-    except (CrishimError, ConfigError) as err:
+    except (CrishimError, OSError) as err:
         _log.warning("cannot finish the removal of pod sandbox %s: %s", sandbox.record.id, err)
+        await _linger(room, sandbox)
         return
     await room.containers.store.drop_sandbox(sandbox.record.id)
     room.table.drop(sandbox.record.id)

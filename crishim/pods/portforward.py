@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from crishim.errors import CrishimError, FailedPrecondition, HostFailure, Unavailable
 from crishim.host import namespaces
 from crishim.host.pump import Inlet, Outlet, Reader, Writer
+from crishim.host.threads import in_thread
 from crishim.model.records import SandboxState
 from crishim.pods.network import is_pinned
 from crishim.pods.room import Room
@@ -52,7 +53,7 @@ async def forward(room: Room, sandbox: Sandbox, port: int, client: Duplex) -> No
 
 async def _connect(room: Room, sandbox: Sandbox, port: int) -> socket.socket:
     """Connect to the port by IPv4, else by IPv6."""
-    sockets = await asyncio.to_thread(_sockets, _namespace(room, sandbox))
+    sockets = await in_thread(lambda: _sockets(_namespace(room, sandbox)))
     reasons: list[str] = []
     try:
         for (_, address), connection in zip(_LOOPBACK, sockets, strict=False):

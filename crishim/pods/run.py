@@ -16,6 +16,7 @@ from crishim.host.holder import Holder
 from crishim.host.mounts import Tmpfs, mount
 from crishim.host.namespaces import NamespaceKind, NamespaceSet, create
 from crishim.host.pidfd import start_time
+from crishim.host.threads import in_thread
 from crishim.model.cri import NamespaceMode, PodSandboxConfig
 from crishim.model.records import ProcessRecord, SandboxRecord, SandboxState, sandbox_name
 from crishim.observe.timeline import step
@@ -27,6 +28,9 @@ from crishim.pods.table import Sandbox
 from crishim.state.events import EventKind
 
 _log = logging.getLogger(__name__)
+
+LOG_DIRECTORY_SECONDS = 20.0
+"""How long the log directory's file system may take to answer."""
 
 SHM_BYTES = 64 << 20
 """Size of a pod's /dev/shm: what Docker and both peers give."""
@@ -41,11 +45,18 @@ async def run(room: Room, config: PodSandboxConfig, handler: str) -> str:
     check(config, room.containers.facts)
     room.containers.handlers.get(handler)
     name = sandbox_name(config)
-    delivered = room.undelivered.get(name, "")
-    if not (delivered and room.table.find(delivered)):
-        delivered = await room.containers.operations.join(("run", name), lambda: _run(room, config, handler, name))
+    made = room.table.find(room.undelivered.get(name, ""))
+    if made is None or made.record.state is not SandboxState.READY or not _same(made.record, config, handler):
+        key = ("run", name, handler, msgspec.json.encode(config))
+        sandbox_id = await room.containers.operations.join(key, lambda: _run(room, config, handler, name))
+    else:
+        sandbox_id = made.record.id
     room.undelivered.pop(name, None)
-    return delivered
+    return sandbox_id
+
+
+def _same(record: SandboxRecord, config: PodSandboxConfig, handler: str) -> bool:
+    return record.config == config and record.handler == handler
 
 
 async def _run(room: Room, config: PodSandboxConfig, handler: str, name: str) -> str:
@@ -60,10 +71,6 @@ async def _run(room: Room, config: PodSandboxConfig, handler: str, name: str) ->
     room.table.add(sandbox)
     try:
         await room.containers.store.add_sandbox(record)
-    except BaseException:
-        room.table.drop(record.id)
-        raise
-    try:
         with sandbox.timeline.recording():
             await _make(room, sandbox)
     except BaseException as err:
@@ -96,8 +103,12 @@ def _new_record(room: Room, config: PodSandboxConfig, handler: str) -> SandboxRe
 
 async def _make(room: Room, sandbox: Sandbox) -> None:
     paths = room.containers.paths
+    if logs := sandbox.record.config.log_directory:
+        await in_thread(
+            lambda: _make_log_directory(Path(logs)), what=f"log_directory {logs}", timeout=LOG_DIRECTORY_SECONDS
+        )
     with step("namespaces and files"):
-        holder = await asyncio.to_thread(_prepare, room, sandbox.record)
+        holder = await in_thread(lambda: _prepare(room, sandbox.record))
     record = sandbox.record = msgspec.structs.replace(sandbox.record, holder=holder)
     if holder is not None:
         await room.containers.store.save_sandbox(record)  # so that whoever cleans up after a crash knows of it
@@ -113,8 +124,6 @@ def _prepare(room: Room, record: SandboxRecord) -> ProcessRecord | None:
     """Everything but the network; blocks."""
     paths = room.containers.paths
     paths.sandbox(record.id).mkdir(mode=0o711)
-    if record.config.log_directory:
-        _make_log_directory(Path(record.config.log_directory))
     hostname = os.uname().nodename if record.host_network else record.hostname
     files.write(paths.sandbox(record.id), record, hostname)
     wanted = namespaces(room, record)

@@ -95,7 +95,7 @@ async def create(monitor: Monitor, timeout: float) -> Created:
         async with asyncio.timeout(timeout):
             pid = _pid(await _read_report(reader))
     except BaseException as err:
-        process.kill_group(started)  # with the OCI runtime, which would go on creating
+        await process.end(started)  # with the OCI runtime, which would go on creating
         if isinstance(err, TimeoutError):
             raise DeadlineExceeded(f"the OCI runtime did not create the container within {timeout:g} s") from err
         raise

@@ -226,8 +226,7 @@ class _Exec:
                     os.killpg(self._pid, signal.SIGKILL)
                 else:
                     os.kill(self._pid, signal.SIGKILL)
-            with contextlib.suppress(ChildProcessError):
-                os.waitid(os.P_PID, self._pid, os.WEXITED)  # at once: it has had SIGKILL
+            process.reap_later(self._pid)
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1

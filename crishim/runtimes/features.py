@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import msgspec
 
@@ -40,12 +41,12 @@ class Features(msgspec.Struct, rename="camel", frozen=True):
         return "rro" in self.mount_options and version >= _FIRST_KERNEL_WITH_MOUNT_SETATTR
 
 
-async def probe(path: str) -> Features:
+async def probe(path: str, arguments: Sequence[str]) -> Features:
     """Ask the runtime at ``path``; one that does not know the question has no features."""
     if not path:
         return Features()
     try:
-        done = await process.run(process.Command([path, "features"], timeout=_PROBE_SECONDS))
+        done = await process.run(process.Command([path, *arguments, "features"], timeout=_PROBE_SECONDS))
         return msgspec.json.decode(done.stdout, type=Features) if done.returncode == 0 else Features()
     except (CrishimError, msgspec.MsgspecError) as err:
         _log.warning("cannot learn the features of %s: %s", path, err)

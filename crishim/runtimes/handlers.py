@@ -26,7 +26,9 @@ class Handlers:
     async def probe(self) -> None:
         """Ask every runtime what it can do."""
         runtimes = list(self._runtimes.values())
-        for runtime, found in zip(runtimes, await asyncio.gather(*(probe(r.path) for r in runtimes)), strict=True):
+        for runtime, found in zip(
+            runtimes, await asyncio.gather(*(probe(r.path, r.arguments) for r in runtimes)), strict=True
+        ):
             runtime.features = found
 
     def get(self, name: str) -> OciRuntime:

@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Coroutine, Hashable
 from typing import Any, TypeVar, cast
 
 from crishim.errors import Unavailable
@@ -24,16 +24,18 @@ class Operations:
         self._patient: set[asyncio.Task[Any]] = set()
         self._waiting: Counter[Hashable] = Counter()
 
-    async def join(self, key: Hashable, start: Callable[[], Awaitable[T]], *, abandon: bool = False) -> T:
+    async def join(
+        self, key: Hashable, start: Callable[[], Awaitable[T]], *, abandon: bool = False, patient: bool = False
+    ) -> T:
         """The result of the operation ``key``: of the one under way, else of a new one.
 
         Cancelling the caller leaves the operation running. With ``abandon`` the last caller to be cancelled
         stops it and waits for its clean-up: for work that is only a part of other operations. Who comes
-        during that clean-up does not join it, but starts anew after it.
+        during that clean-up does not join it, but starts anew after it. ``patient`` is as in :meth:`spawn`.
         """
         while (task := self._running.get(key)) is not None and task.cancelling():
             await asyncio.wait([task])
-        task = task or self.spawn(key, start)
+        task = task or self.spawn(key, start, patient=patient)
         self._waiting[key] += 1
         try:
             return cast(T, await asyncio.shield(task))
@@ -97,6 +99,17 @@ class Operations:
         if not task.cancelled() and task.exception() is not None:
             level = logging.DEBUG if self._waiting[key] else logging.WARNING
             _log.log(level, "%s failed: %s", task.get_name(), task.exception())
+
+
+async def to_the_end(work: Coroutine[None, None, T]) -> T:
+    """Do ``work`` to its end even if the caller is cancelled, who then waits for it."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if not task.done():
+            await asyncio.wait([task])
+        raise
 
 
 def _describe(key: Hashable) -> str:

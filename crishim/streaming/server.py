@@ -138,14 +138,14 @@ class StreamServer:
             oldest = next(iter(self._strangers))
             del self._strangers[oldest]
             oldest.abort()
-        task = asyncio.get_running_loop().create_task(self._serve(wire))
+        asking = _Asking(wire)
+        wire.receive_by(asking)  # at once: with TLS the request may come with the end of the handshake
+        task = asyncio.get_running_loop().create_task(self._serve(wire, asking))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _serve(self, wire: Wire) -> None:
+    async def _serve(self, wire: Wire, asking: _Asking) -> None:
         try:
-            asking = _Asking(wire)
-            wire.receive_by(asking)
             try:
                 async with asyncio.timeout(self._settings.stream_creation_timeout):
                     asked = await asking.asked

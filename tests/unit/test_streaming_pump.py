@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import pty
@@ -82,10 +83,8 @@ def pipe() -> Iterator[tuple[int, int]]:
     ends = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     yield ends
     for fd in ends:
-        try:
+        with contextlib.suppress(OSError):
             os.close(fd)
-        except OSError:
-            pass
 
 
 async def test_reads_to_the_end(pipe: tuple[int, int]) -> None:
@@ -231,7 +230,7 @@ async def test_nobody_reads_any_more(pipe: tuple[int, int]) -> None:
     source.end()
     os.close(pipe[0])
     await asyncio.sleep(0.02)
-    assert (source.held, ends) == (True, [1]) or (source.held, ends) == (False, [1])
+    assert ends == [1]
 
 
 async def test_closing_lets_the_client_go(pipe: tuple[int, int]) -> None:
@@ -243,8 +242,7 @@ async def test_closing_lets_the_client_go(pipe: tuple[int, int]) -> None:
     assert source.held
     writer.close()
     writer.close()
-    assert not source.held
-    source.give(b"more")
+    source.give(b"more")  # which asserts that it is not held
 
 
 async def test_packets_keep_their_bounds() -> None:

@@ -12,6 +12,7 @@ import re
 import sqlite3
 import subprocess
 import time
+import tomllib
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -19,9 +20,7 @@ from pathlib import Path
 from .daemon import CGROUPS, Daemon, cgroups_named, processes
 
 _PATIENCE_SECONDS = 3.0
-_TEMPORARY = ("/tmp/", "/dev/shm/", "/var/tmp/")
-_OBJECT = re.compile(r"/(sandboxes|containers)/[0-9a-f]{64}/")
-_POD = re.compile(r"/sandboxes/([0-9a-f]{64})/")
+_ELSEWHERE = ("/tmp/", "/dev/shm/", "/var/", "/run/")
 _CHAIN = re.compile(r"CNI-(?:DN-)?[0-9a-f]{12,}")
 _NETWORK = re.compile(r'name: \\"([^"\\]*)\\"')
 _TABLES = {"sandboxes": "name", "containers": "name", "images": "id", "layers": "chain_id"}
@@ -70,14 +69,15 @@ def _mounts(daemon: Daemon) -> Iterator[str]:
         fields = line.split(" ")
         point, kind = fields[4], fields[fields.index("-") + 1 :]
         ours = point.startswith(f"{daemon.base}/")
-        if ours or not (point.startswith(_TEMPORARY) or _OBJECT.search(point)):
+        if ours or not point.startswith(_ELSEWHERE):
             yield f"mount {point} {kind[0]} {kind[1]}"
 
 
 def _links(daemon: Daemon) -> Iterator[str]:
+    """Those of our bridge. One without a bridge may be anybody's, unless it is no pod's."""
     for link in Path("/sys/class/net").iterdir():
         bridge = (link / "master").resolve().name if (link / "master").exists() else ""
-        if bridge in ("", daemon.bridge) and not (link / "bridge").exists():
+        if bridge == daemon.bridge or not (bridge or link.name.startswith("veth") or (link / "bridge").exists()):
             yield f"link {link.name}"
 
 
@@ -91,18 +91,15 @@ def _cgroups(daemon: Daemon) -> Iterator[str]:
 
 
 def _foreign_pods(daemon: Daemon) -> Iterator[str]:
-    """By what is mounted for them, in any mount namespace."""
-    seen = set[str]()
-    for pid, _ in processes():
-        with contextlib.suppress(OSError):
-            namespace = os.readlink(f"/proc/{pid}/ns/mnt")
-            if namespace in seen:
-                continue
-            seen.add(namespace)
-            for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines():
-                found = _POD.search(line)
-                if found and f"/{daemon.base.name}/" not in line:
-                    yield found[1]
+    """By the directories that other daemons have for them."""
+    for pid, words in processes():
+        if b"serve" in words and b"--config" in words[:-1]:
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                root = Path(f"/proc/{pid}/root")  # it may have a mount namespace of its own
+                config = os.fsdecode(words[words.index(b"--config") + 1]).lstrip("/")
+                state = tomllib.loads((root / config).read_text())["state"]
+                if state != str(daemon.state):
+                    yield from (path.name for path in (root / state.lstrip("/") / "sandboxes").iterdir())
 
 
 def _foreign_containers(daemon: Daemon) -> Iterator[str]:
