@@ -342,8 +342,9 @@ async def test_kill_group_twice() -> None:
     """What has ended stays ended; its number may be another's by then."""
     started = process.start(["/bin/sleep", "60"])
     process.kill_group(started)
-    assert started.returncode == -signal.SIGKILL
+    assert await process.wait_exit(started) == -signal.SIGKILL
     process.kill_group(started)
+    assert started.returncode == -signal.SIGKILL
 
 
 async def test_start_time() -> None:
