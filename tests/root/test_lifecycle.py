@@ -142,7 +142,8 @@ async def test_pods_are_filtered(cri: Cri) -> None:
 
 
 async def test_container_from_creation_to_removal(cri: Cri, pod: str, image: str) -> None:
-    config = container_config(image, sleeping(), labels={"a": "b"}, annotations={"c": "d"})
+    ready = ["sh", "-c", "trap 'exit 0' TERM; echo ready; sleep 600 & wait $!"]
+    config = container_config(image, ready, labels={"a": "b"}, annotations={"c": "d"})
     container = await cri.create(pod, config)
     assert re.fullmatch("[0-9a-f]{64}", container)
     status = await cri.status(container)
@@ -157,6 +158,7 @@ async def test_container_from_creation_to_removal(cri: Cri, pod: str, image: str
     with refused(grpc.StatusCode.FAILED_PRECONDITION, container):
         await cri.start(container)
 
+    await cri.wait_output(container)  # the trap is set
     await cri.stop(container)
     status = await cri.status(container)
     assert (status.state, status.exit_code, status.reason) == (pb.CONTAINER_EXITED, 0, "Completed")
