@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import signal
 import time
@@ -185,8 +186,9 @@ async def _linger(room: Room, sandbox: Sandbox) -> None:
 
 
 async def _outlast(room: Room, record: SandboxRecord) -> None:
-    while True:
-        await asyncio.sleep(_LINGER_SECONDS)
+    """Ask at once, then ever less often."""
+    for delay in itertools.chain((0.0,), _DETACH_DELAYS, itertools.repeat(_LINGER_SECONDS)):
+        await asyncio.sleep(delay)
         try:
             await tear_down(room, record)
         except (CrishimError, OSError) as err:

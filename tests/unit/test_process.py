@@ -351,7 +351,7 @@ async def test_start_time() -> None:
     """In ticks since boot."""
     started = process.start(["/bin/sleep", "60"])
     born = pidfd.start_time(started.pid) / os.sysconf("SC_CLK_TCK")
-    process.kill_group(started)
+    await process.end(started)
     assert abs(born - time.clock_gettime(time.CLOCK_BOOTTIME)) < 5
     assert pidfd.start_time(started.pid) == 0
 
