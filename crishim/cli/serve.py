@@ -42,26 +42,29 @@ async def _serve(settings: Config) -> None:
         address = listen(made, settings.api)
         if settings.metrics.listen:
             metrics.serve(settings.metrics.listen)
+        asked_to_end = _signalled()  # before anybody can know that we serve
         await made.start()
         gc.collect()
         gc.freeze()  # what start-up made stays: later collections need not look at it
         click.echo(f"serving CRI v1 on {address}")
         notify("READY=1")
-        await _signalled()
+        await asked_to_end.wait()
         notify("STOPPING=1")
         _log.info("finishing the calls under way")
         await node.streams.stop()  # sessions may be endless
         await made.stop(GRACE_SECONDS)
     finally:
         await nodes.stop(node)
+        _log.info("stopped; containers go on running")
 
 
-async def _signalled() -> None:
+def _signalled() -> asyncio.Event:
+    """Set by the signals that end the daemon."""
     loop = asyncio.get_running_loop()
     asked = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, asked.set)
-    await asked.wait()
+    return asked
 
 
 def notify(message: str) -> None:

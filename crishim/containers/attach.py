@@ -21,14 +21,15 @@ from crishim.containers.exec_stream import check_running
 from crishim.containers.room import Room
 from crishim.containers.table import Container
 from crishim.errors import FailedPrecondition, ResourceExhausted
-from crishim.host.pump import HEADROOM, Outlet, Writer, scratch
+from crishim.host.pump import CHUNK, HEADROOM, Outlet, Writer, scratch
 
 STALL_SECONDS = 10.0
 """How long a client may keep conmon, and with it the container, waiting."""
 LAST_WORDS_SECONDS = 0.3
 """How long output is still handed on after a client has ended its stdin, where that ends the session."""
-_PACKETS = 24
-"""Packets that are read for one write; conmon's have at most 8 KiB (STDIO_BUF_SIZE)."""
+_LARGEST_PACKET = 64 << 10
+"""Room that is left for a packet; conmon's have at most 8 KiB and a byte (STDIO_BUF_SIZE)."""
+_DISCARDED_PACKETS = 24
 _PACKET_BYTES = 8 << 10
 """Bytes of stdin in one packet; conmon takes at most 32 KiB (CONN_SOCK_BUF_SIZE)."""
 _STDOUT, _STDERR = 2, 3
@@ -60,7 +61,7 @@ class Parking:
 
     def _discard(self, container_id: str, connection: socket.socket) -> None:
         with contextlib.suppress(BlockingIOError):
-            for _ in range(_PACKETS):
+            for _ in range(_DISCARDED_PACKETS):
                 if not _receive(connection, scratch.space):
                     self._drop(container_id, connection)
                     return
@@ -189,7 +190,7 @@ class _Session:
     def _on_readable(self) -> None:
         """Read packets into one buffer, each over the last byte of the one before, which is put back then."""
         tag, end = 0, HEADROOM
-        for _ in range(_PACKETS):
+        while end < HEADROOM + CHUNK - _LARGEST_PACKET:
             kept = scratch.buffer[end - 1]
             try:
                 count = _receive(self._connection, memoryview(scratch.buffer)[end - 1 :])

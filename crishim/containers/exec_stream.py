@@ -232,10 +232,10 @@ def _resize(terminal: int, size: Size) -> None:
 
 
 def _end_of_file(terminal: int) -> None:
-    """Type the terminal's end-of-file character, usually Ctrl-D: termios(3), VEOF."""
+    """Type the terminal's end-of-file character, usually Ctrl-D, twice: the first may end a line (termios(3))."""
     with contextlib.suppress(OSError, termios.error):
         character = termios.tcgetattr(terminal)[6][termios.VEOF]
-        os.write(terminal, character if isinstance(character, bytes) else b"\x04")
+        os.write(terminal, 2 * (character if isinstance(character, bytes) else b"\x04"))
 
 
 @contextlib.contextmanager

@@ -82,6 +82,7 @@ class _Call:
         self._name = name
         self._subject = _subject(request)
         self._code = "OK"
+        self._failure = ""
         self._began = time.perf_counter()
 
     def __enter__(self) -> _Call:
@@ -92,15 +93,17 @@ class _Call:
         took = time.perf_counter() - self._began
         CALLS.labels(self._name, self._code).inc()
         CALL_SECONDS.labels(self._name).observe(took)
-        level = logging.DEBUG if self._code == "OK" and self._name.startswith(_QUIET) else logging.INFO
-        _log.log(level, "%s in %.1f ms", self._code, took * 1e3)
+        level = logging.WARNING if self._failure else logging.INFO
+        if self._code == "OK" and self._name.startswith(_QUIET):
+            level = logging.DEBUG
+        _log.log(level, "%s in %.1f ms%s", self._code, took * 1e3, self._failure)
         log.operation.reset(self._token)
 
     async def fail(self, err: BaseException, context: aio.ServicerContext[Any, Any]) -> None:
         """End the call with the status that ``err`` stands for; never returns."""
         if isinstance(err, CrishimError):
             self._code = err.code.value
-            _log.info("failed: %s", err.message)
+            self._failure = f": {err.message}"
             await context.abort(grpc.StatusCode[err.code.value], err.message)
         if isinstance(err, asyncio.CancelledError):
             self._code = "CANCELLED"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 from crishim.cgroups import layout
 from crishim.cni.network import Networks
 from crishim.config.paths import Paths
-from crishim.config.settings import Config
+from crishim.config.settings import Config, ImageSettings
 from crishim.containers import lifecycle as container_lifecycle
 from crishim.containers import strays
 from crishim.containers.attach import Parking
@@ -132,8 +133,23 @@ async def start(node: Node) -> None:
         await pod_lifecycle.recover(node.pods, sandbox)
     await in_thread(lambda: strays.sweep(room, {r.id for r in containers}, {r.id for r in sandboxes}))
     await node.streams.start()
+    _warn(node)
     node.background.add(asyncio.create_task(reap_forgotten(), name="reaper"))
     _log.info("took up %d sandboxes, %d containers, %d images", len(sandboxes), len(containers), len(room.images.all()))
+
+
+def _warn(node: Node) -> None:
+    """What Status would say, and files that are named but not there: ``crishim check`` says more."""
+    problem = node.containers.handlers.problem()
+    if problem:
+        _log.warning("the runtime is not ready: %s", problem)
+    if not os.access(node.config.runtime.holder, os.X_OK):
+        _log.warning("runtime.holder %s is not an executable file: no pod can share PIDs", node.config.runtime.holder)
+    defaults = ImageSettings()
+    for key in ("registries_conf", "certs_dir", "policy", "auth_file"):
+        path = getattr(node.config.image, key)
+        if path and path != getattr(defaults, key) and not os.path.exists(path):
+            _log.warning("image.%s %s does not exist", key, path)
 
 
 def _boot_changed(node: Node) -> bool:

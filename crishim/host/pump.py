@@ -91,12 +91,8 @@ class Reader:
         """Done at the end, with the error that ended it."""
 
     def start(self) -> None:
-        """Begin, or go on after a pause."""
-        if self.ended.done():
-            return
-        if self._outlet.full:
-            self._outlet.when_free(self.start)
-        else:
+        """Begin, or go on after a pause. One chunk is read then, whether there is room or not."""
+        if not self.ended.done():
             self._loop.add_reader(self._fd, self._on_readable)
 
     def _on_readable(self) -> None:

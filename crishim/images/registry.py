@@ -246,10 +246,10 @@ class Repository:
         if response.status == 200:
             return
         if response.status == 404:
-            raise NotFound(f"{where} has no {what.replace('/', ' ', 1)}")
+            raise NotFound(f"{where} has no {_described(what)}")
         if response.status in (401, 403):
-            raise PermissionDenied(f"{where} does not let us read {what.replace('/', ' ', 1)}")
-        raise RegistryUnavailable(f"{where} answers {response.status} for {what.replace('/', ' ', 1)}")
+            raise PermissionDenied(f"{where} does not let us read {_described(what)}")
+        raise RegistryUnavailable(f"{where} answers {response.status} for {_described(what)}")
 
 
 def _read_document(response: urllib3.BaseHTTPResponse, limit: int, what: str) -> bytes:
@@ -279,9 +279,24 @@ def _write_all(fd: int, chunk: bytes) -> None:
 
 
 def _cause(err: BaseException) -> str:
-    """The innermost reason of one of urllib3's nested errors."""
-    reason = getattr(err, "reason", None)
-    if isinstance(reason, BaseException):
-        return _cause(reason)
-    text = str(err).rpartition(": ")[2].strip("()'\". ") or type(err).__name__
+    """The reason at the bottom of urllib3's nested errors, in the operating system's or TLS's words."""
+    root: BaseException | None = err
+    while root is not None and not isinstance(root, OSError):
+        inner = [getattr(root, "reason", None), *root.args, root.__cause__]
+        root = next((item for item in inner if isinstance(item, BaseException)), None)
+    if isinstance(root, ssl.SSLError) and root.reason:
+        hint = ": it may speak plain http, which registries.conf must allow as insecure"
+        reason = root.reason.lower().replace("_", " ")
+        return f"tls: {reason}{hint if root.reason == 'WRONG_VERSION_NUMBER' else ''}"
+    if isinstance(root, OSError) and root.strerror:
+        return root.strerror.lower().rstrip(".")
+    text = str(root or err).rpartition(": ")[2].rstrip(". ") or type(err).__name__
     return text[:1].lower() + text[1:]
+
+
+def _described(what: str) -> str:
+    """``manifests/v1`` and the like, as a person would say it."""
+    kind, _, name = what.partition("/")
+    if kind == "manifests":
+        return f"manifest {name}" if ":" in name else f"tag {name}"
+    return f"blob {name}"

@@ -18,6 +18,7 @@ class Handlers:
 
     def __init__(self, settings: RuntimeSettings, paths: Paths, *, systemd_cgroup: bool) -> None:
         self.default = settings.default
+        self._conmon = settings.conmon
         self._runtimes = {
             name: OciRuntime(name, handler, paths.runtime_root(name), systemd_cgroup=systemd_cgroup)
             for name, handler in effective_handlers(settings).items()
@@ -51,4 +52,6 @@ class Handlers:
             return f"runtime handler {self.default!r} is not configured and not on PATH"
         if not os.access(runtime.path, os.X_OK):
             return f"{runtime.path} of runtime handler {self.default!r} is not an executable file"
+        if not os.access(self._conmon, os.X_OK):
+            return f"runtime.conmon {self._conmon} is not an executable file"
         return ""

@@ -84,7 +84,7 @@ class SpdySession:
     def _on_opened(self, event: StreamOpened) -> None:
         stream = Stream(self, event.stream_id, event.headers)
         self._streams[event.stream_id] = stream
-        if self._accept(stream):
+        if not event.one_way and self._accept(stream):
             self._endpoint.reply(event.stream_id)
             if event.fin:
                 stream.ended()

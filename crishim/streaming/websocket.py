@@ -69,7 +69,6 @@ class WebSocket:
     def _on_event(self, event: object) -> None:
         if isinstance(event, BytesMessage | TextMessage) and self._receiver is not None:
             data = event.data.encode() if isinstance(event, TextMessage) else bytes(event.data)
-            self.wire.touch()
             self._receiver.message(data, finished=event.message_finished)
         elif isinstance(event, Ping):
             self._send_event(event.response())
@@ -163,7 +162,8 @@ class Tunnel:
         self._socket.wire.release()
 
     def touch(self) -> None:
-        """Not idle; messages have touched the wire already."""
+        """Not idle: there was data, not only pings of the session inside."""
+        self._socket.wire.touch()
 
     def close(self) -> None:
         """Close."""
@@ -183,6 +183,7 @@ class ChannelSession:
 
     def message(self, data: bytes, *, finished: bool) -> None:
         """A part of a message of the client; what is for no channel to be read is ignored."""
+        self._socket.wire.touch()
         piece = self._decoder.receive(data, message_finished=finished)
         if piece is None:
             return

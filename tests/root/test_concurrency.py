@@ -189,7 +189,6 @@ async def responsive(cri: Cri) -> AsyncIterator[None]:
         while not ended.is_set():
             began = time.monotonic()
             await cri.containers()
-            await cri.pods()
             slowest = max(slowest, time.monotonic() - began)
             await asyncio.sleep(0.005)
 

@@ -217,6 +217,7 @@ def test_unidirectional_streams() -> None:
     pair = Pair()
     block = HeaderEncoder().encode({})
     pair.to_server(frames.syn_stream(1, block, frames.FLAG_UNIDIRECTIONAL))
+    assert pair.at_server == [StreamOpened(1, {}, one_way=True)]
     with pytest.raises(LocalError):
         pair.server.reply(1)
     pair.to_server(frames.data_header(1, 2, fin=True) + b"ab")
@@ -305,6 +306,19 @@ def test_data_for_streams_that_never_were() -> None:
     assert received(pair.at_server, other) == (b"ok", False)
 
 
+def test_events_come_as_they_become_true() -> None:
+    """A stream that is opened and reset by the same bytes can be replied to in between."""
+    server = Endpoint(Role.SERVER)
+    data = frames.syn_stream(1, HeaderEncoder().encode({})) + frames.two_words(Kind.RST_STREAM, 1, 5)
+    seen = []
+    for event in server.receive(data):
+        seen.append(event)
+        if isinstance(event, StreamOpened):
+            server.reply(1)
+            server.data_header(1, 5)
+    assert seen == [StreamOpened(1, {}), StreamReset(1, ResetStatus.CANCEL)]
+
+
 def test_streams_are_bounded() -> None:
     """One more is refused, and a place becomes free again."""
     pair = Pair(bounds=Bounds(streams=2))
@@ -327,14 +341,14 @@ def test_stream_ids_may_be_swapped_but_not_reused() -> None:
     events = [e for n in (5, 1, 9, 7, 3) for e in server.receive(frames.syn_stream(n, encoder.encode({})))]
     assert [event.stream_id for event in events if isinstance(event, StreamOpened)] == [5, 1, 9, 7, 3]
     with pytest.raises(ProtocolError, match="stream 5"):
-        server.receive(frames.syn_stream(5, encoder.encode({})))
+        list(server.receive(frames.syn_stream(5, encoder.encode({}))))
 
 
 def test_skipped_ids_are_bounded() -> None:
     """A peer that jumps costs nothing."""
     server, encoder = Endpoint(Role.SERVER), HeaderEncoder()
     for number in range(1, 1 << 30, 1 << 22):
-        server.receive(frames.syn_stream(number, encoder.encode({})))
+        list(server.receive(frames.syn_stream(number, encoder.encode({}))))
     assert len(server._skipped) <= 256
 
 
@@ -342,7 +356,7 @@ def test_skipped_ids_are_bounded() -> None:
 def test_ids_of_the_wrong_side(number: int) -> None:
     """A client has odd ones."""
     with pytest.raises(ProtocolError):
-        Endpoint(Role.SERVER).receive(frames.syn_stream(number, HeaderEncoder().encode({})))
+        list(Endpoint(Role.SERVER).receive(frames.syn_stream(number, HeaderEncoder().encode({}))))
 
 
 @STEPS
@@ -387,21 +401,21 @@ def test_go_away(step: int) -> None:
 def test_breaking_the_session(data: bytes, step: int) -> None:
     """GOAWAY with the reason, and nothing is understood from then on."""
     server = Endpoint(Role.SERVER)
-    server.receive(frames.ping(1))
+    list(server.receive(frames.ping(1)))
     server.take()
     if len(data) > 1 << 20:
         data = b"\x80" + data[1:] if step else data  # as data, ASCII is a stream that never was
     broken = False
     try:
         for piece in pieces(data[: 1 << 16], step):
-            server.receive(piece)
+            list(server.receive(piece))
     except ProtocolError:
         broken = True
     sent = server.take()
     if broken:
         assert sent.endswith(struct.pack("!III", 0x80030007, 8, 0) + struct.pack("!I", GoAwayStatus.PROTOCOL_ERROR))
         with pytest.raises(ProtocolError):
-            server.receive(b"")
+            list(server.receive(b""))
     else:
         assert data[:1] == b"G"
 
@@ -409,8 +423,8 @@ def test_breaking_the_session(data: bytes, step: int) -> None:
 def test_unknown_control_frames_are_ignored() -> None:
     """Section 2.2.1."""
     server = Endpoint(Role.SERVER)
-    assert server.receive(frames.control(200, b"whatever")) == []
-    assert server.receive(frames.control(201, b"")) == []
+    assert list(server.receive(frames.control(200, b"whatever"))) == []
+    assert list(server.receive(frames.control(201, b""))) == []
     assert server.take() == b""
 
 
@@ -498,10 +512,10 @@ def test_wider_windows_are_announced() -> None:
 def test_garbage(data: bytes, step: int) -> None:
     """Any bytes are either understood or a protocol error."""
     server = Endpoint(Role.SERVER)
-    server.receive(frames.syn_stream(1, HeaderEncoder().encode({})))
+    list(server.receive(frames.syn_stream(1, HeaderEncoder().encode({}))))
     try:
         for piece in pieces(data, step):
-            server.receive(piece)
+            list(server.receive(piece))
     except ProtocolError:
         pass
     server.take()
@@ -531,10 +545,10 @@ def test_frames_in_any_order(given_frames: list[bytes], opens: list[int]) -> Non
     try:
         for at, frame in enumerate(given_frames):
             if at in opens:
-                server.receive(frames.syn_stream(number, encoder.encode({"n": str(number)})))
+                list(server.receive(frames.syn_stream(number, encoder.encode({"n": str(number)}))))
                 server.reply(number)
                 number += 2
-            server.receive(frame)
+            list(server.receive(frame))
             for stream in range(1, number, 2):
                 assert 0 <= server.allowance(stream) <= frames.MAX_LENGTH
     except (ProtocolError, LocalError):

@@ -118,6 +118,23 @@ async def test_pauses_while_the_outlet_is_full(pipe: tuple[int, int]) -> None:
     assert sink.data == b"onetwo"
 
 
+async def test_an_outlet_that_is_always_full_gets_one_chunk_at_a_time(pipe: tuple[int, int]) -> None:
+    """As those of clients who have left: what they do not get is thrown away slowly."""
+    sink = Sink()
+    sink.full = True
+    reader = Reader(pipe[0], sink)
+    reader.start()
+    for number in range(5):
+        os.write(pipe[1], b"%d" % number)
+        await asyncio.sleep(0.01)
+        assert sink.data == b"01234"[: number + 1]
+        resume = sink.waiting.pop()
+        assert not sink.waiting
+        resume()
+    os.close(pipe[1])
+    await reader.ended
+
+
 async def test_a_kept_buffer_is_not_written_again(pipe: tuple[int, int]) -> None:
     """Transports may keep a view of it."""
     sink = Sink(keeps=True)
@@ -163,8 +180,10 @@ async def test_drain_does_not_wait_for_others(pipe: tuple[int, int]) -> None:
     """A child that goes on holds the pipe open: what is in it counts, what it writes later does not."""
     sink = Sink()
     reader = Reader(pipe[0], sink)
-    sink.full = True
     reader.start()
+    sink.full = True
+    os.write(pipe[1], b"first")
+    await asyncio.sleep(0.01)
     os.write(pipe[1], b"x" * 1000)
     draining = asyncio.create_task(reader.drain(0.02))
     await asyncio.sleep(0.1)
@@ -172,7 +191,7 @@ async def test_drain_does_not_wait_for_others(pipe: tuple[int, int]) -> None:
     os.write(pipe[1], b"child")
     sink.free()
     await draining
-    assert sink.data.startswith(b"x" * 1000)
+    assert sink.data.startswith(b"first" + b"x" * 1000)
     assert sink.finished
 
 

@@ -921,6 +921,21 @@ async def test_certificates_that_cannot_be_used(tmp_path: Path, content: str) ->
         await made.start()
 
 
+async def test_streams_that_come_and_go_at_once(streaming: StreamServer) -> None:
+    """Opened, used and reset in one piece; and one-way streams."""
+    async with closing(await SpdyClient.upgrade(streaming.offer("exec", job(), ""))) as client:
+        encoder = client.endpoint._encoder
+        hasty = frames.syn_stream(1, encoder.encode({"streamType": "stdin"})) + frames.data_header(1, 3) + b"abc"
+        hasty += frames.two_words(frames.Kind.RST_STREAM, 1, 5)
+        one_way = frames.syn_stream(3, encoder.encode({"streamType": "error"}), frames.FLAG_UNIDIRECTIONAL)
+        client.endpoint._next_id = 5
+        client.writer.write(hasty + one_way)
+        error, _ = await client.open("error"), await client.open("stdout")
+        await client.open("stderr")
+        status = await client.all_of(error)
+        assert exit_code(status) == 3  # all four have been there, even if stdin is gone by now
+
+
 async def test_swapped_and_early_frames(streaming: StreamServer) -> None:
     """Everything at once behind the request, before the server has switched: streams out of order, then data."""
     url = streaming.offer("exec", job(), "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,7 +22,7 @@ from crishim.streaming.spdy.events import (
 from crishim.streaming.spdy.flow import ReceiveWindow, SendWindows, WindowError
 from crishim.streaming.spdy.frames import FLAG_FIN, FLAG_UNIDIRECTIONAL, FrameError, GoAwayStatus, Kind, ResetStatus
 from crishim.streaming.spdy.headers import HeaderDecoder, HeaderEncoder, HeaderError
-from crishim.streaming.spdy.reader import DataPart, FrameReader
+from crishim.streaming.spdy.reader import ControlFrame, DataPart, FrameReader
 from crishim.streaming.spdy.states import FAULTS, TRANSITIONS, Act, Half
 
 MAX_SKIPPED = 256
@@ -202,21 +202,27 @@ class Endpoint:
 
     # -- their side
 
-    def receive(self, data: bytes | memoryview) -> list[Event]:
-        """What the bytes mean. :class:`ProtocolError` ends the session, :meth:`take` has its GOAWAY."""
+    def receive(self, data: bytes | memoryview) -> Iterator[Event]:
+        """What the bytes mean, one by one: each event must be taken before the next one becomes true.
+
+        :class:`ProtocolError` ends the session, :meth:`take` has its GOAWAY then.
+        """
         if self._broken:
             raise ProtocolError("the session is broken already")
-        events: list[Event] = []
         try:
             for part in self._reader.feed(memoryview(data)):
-                if isinstance(part, DataPart):
-                    self._deliver(part, events)
-                elif part.kind in self._HANDLERS:  # unknown types are to be ignored (2.2.1)
-                    self._HANDLERS[part.kind](self, part.payload, part.flags, events)
+                yield from self._on_part(part)
         except (FrameError, HeaderError, WindowError, ProtocolError) as err:
             self._broken = True
             self.go_away(GoAwayStatus.PROTOCOL_ERROR)
             raise ProtocolError(str(err)) from err
+
+    def _on_part(self, part: DataPart | ControlFrame) -> list[Event]:
+        events: list[Event] = []
+        if isinstance(part, DataPart):
+            self._deliver(part, events)
+        elif part.kind in self._HANDLERS:  # unknown types are to be ignored (2.2.1)
+            self._HANDLERS[part.kind](self, part.payload, part.flags, events)
         return events
 
     def _deliver(self, part: DataPart, events: list[Event]) -> None:
@@ -262,7 +268,7 @@ class Endpoint:
         self._add(stream_id, Half.CLOSED if one_way else Half.WAITING, Half.CLOSED if fin else Half.OPEN)
         if self._bounds.window > frames.INITIAL_WINDOW and not fin:
             self._open_window(stream_id, self._bounds.window - frames.INITIAL_WINDOW)
-        events.append(StreamOpened(stream_id, headers, fin))
+        events.append(StreamOpened(stream_id, headers, fin, one_way))
 
     def _check_new(self, stream_id: int) -> None:
         """Stream IDs must grow (2.3.2). Go clients that open several at once may swap two: that is let pass."""

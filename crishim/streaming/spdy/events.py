@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class StreamOpened:
-    """The peer opened a stream: SYN_STREAM. With ``fin`` it will send nothing on it."""
+    """The peer opened a stream: SYN_STREAM. With ``fin`` it will send nothing on it, with ``one_way`` we cannot."""
 
     stream_id: int
     headers: Mapping[str, str]
     fin: bool = False
+    one_way: bool = False
 
 
 @dataclass(frozen=True, slots=True)
