@@ -113,12 +113,12 @@ def control(bundle: Path, message: str) -> None:
     """Write a line to conmon's control fifo: ``1 HEIGHT WIDTH`` or ``2 0 0`` (ctrl.c)."""
     try:
         fd = os.open(bundle / "ctl", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            os.write(fd, f"{message}\n".encode())
+        finally:
+            os.close(fd)
     except OSError as err:
-        raise FailedPrecondition(f"the monitor of container {bundle.name} is gone: {err.strerror}") from err
-    try:
-        os.write(fd, f"{message}\n".encode())
-    finally:
-        os.close(fd)
+        raise FailedPrecondition(f"cannot reach the monitor of container {bundle.name}: {err.strerror}") from err
 
 
 def _connect(bundle: Path) -> socket.socket:

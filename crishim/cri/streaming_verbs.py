@@ -14,7 +14,7 @@ from crishim.containers.exec_stream import check_running, exec_stream
 from crishim.containers.table import Container
 from crishim.cri.api import api_pb2 as pb
 from crishim.cri.node import Node, Verb
-from crishim.errors import DeadlineExceeded, InvalidArgument
+from crishim.errors import DeadlineExceeded, HostFailure, InvalidArgument
 from crishim.pods.portforward import check_ready, forward
 from crishim.streaming.portforward import ForwardJob
 from crishim.streaming.remotecommand import CommandJob
@@ -85,10 +85,19 @@ async def reopen_container_log(node: Node, request: pb.ReopenContainerLogRequest
     sandbox = node.pods.table.find(container.record.sandbox_id)
     path = log_path(sandbox.record, container.record.config) if sandbox is not None else None
     if path is not None:
+        await asyncio.to_thread(_make_directory, path.parent)
         before = _identity(path)
         control(node.containers.paths.bundle(container.record.id), "2 0 0")
         await _renewed(path, before)
     return pb.ReopenContainerLogResponse()
+
+
+def _make_directory(path: Path) -> None:
+    """conmon ends if it cannot make the new file; blocks."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise HostFailure(f"cannot make the log directory {path}: {err.strerror}") from err
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

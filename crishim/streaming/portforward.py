@@ -106,8 +106,9 @@ async def forward(job: ForwardJob, port: int, data: Stream, error: Stream) -> No
         _log.exception("port-forward failed unexpectedly")
         error.send(f"unexpected {type(err).__name__}: {err}".encode())
     finally:
-        data.finish()
-        error.finish()
+        for stream in (data, error):
+            stream.finish()
+            stream.ignore()
 
 
 async def serve_spdy(wire: Wire, trailing: bytes, job: ForwardJob, creation_timeout: float) -> None:

@@ -135,6 +135,7 @@ async def run(
         error = streams.pop(Channel.ERROR)
         for stream in streams.values():
             stream.finish()
+            stream.ignore()
         report = outcome.as_json() if json_status else outcome.as_text()
         if report:
             error.send(report)

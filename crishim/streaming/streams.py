@@ -39,6 +39,14 @@ class Carrier(Protocol):
         """So much more, or less, is kept for consumers."""
 
 
+class _Nowhere:
+    """A consumer."""
+
+    def data(self, chunk: memoryview) -> None: ...
+
+    def end(self) -> None: ...
+
+
 class Stream:
     """Both directions: an inlet for what the client sends, an outlet for what it gets (:mod:`crishim.host.pump`)."""
 
@@ -58,6 +66,10 @@ class Stream:
         """Give everything to ``consumer``."""
         self._consumer = consumer
         self.release()
+
+    def ignore(self) -> None:
+        """Throw away what the client has sent and will send; it would count against what others may send."""
+        self.feed(_Nowhere())
 
     def hold(self) -> None:
         """Give nothing for now."""
@@ -135,6 +147,7 @@ class Stream:
             self._carrier.reset(self)
         self._finished = True
         self.ended(lost=True)
+        self.ignore()
 
     def when_free(self, resume: Callable[[], None]) -> None:
         """Call ``resume`` when it is not full any more; for a lost stream, after a while."""

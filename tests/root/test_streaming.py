@@ -816,6 +816,17 @@ async def test_reopen_while_writing(cri: Cri, image: str) -> None:
     assert sum(1 for each in rotated if log_lines(each)) > 3
 
 
+async def test_reopen_without_its_directory(cri: Cri, image: str) -> None:
+    """It is made again; the container goes on."""
+    made = await cri.run(await cri.run_pod(), container_config(image, SHELL, stdin=True))
+    path = Path((await cri.status(made)).log_path)
+    await asyncio.to_thread(shutil.rmtree, path.parent)
+    await cri.runtime.ReopenContainerLog(pb.ReopenContainerLogRequest(container_id=made))
+    await call(cri, "attach", "-i", made, stdin=b"one\n")
+    await eventually(lambda: {line.text for line in log_lines(path)} == {b"got one", b"err one"})
+    assert (await cri.status(made)).state == pb.CONTAINER_RUNNING
+
+
 async def test_reopen_without_a_log(cri: Cri, image: str) -> None:
     """There is nothing to do."""
     config = container_config(image, sleeping())

@@ -233,4 +233,7 @@ def test_control(tmp_path: Path) -> None:
     reader = os.open(tmp_path / "ctl", os.O_RDONLY | os.O_NONBLOCK)
     control(tmp_path, "2 0 0")
     assert os.read(reader, 100) == b"2 0 0\n"
+    with pytest.raises(FailedPrecondition, match="monitor"):
+        for _ in range(100_000):
+            control(tmp_path, "1 2 3")  # it does not read
     os.close(reader)

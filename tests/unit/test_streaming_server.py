@@ -722,6 +722,20 @@ async def test_refused_ports_are_reported(streaming: StreamServer) -> None:
         assert await client.all_of(data) == b"aa80"
 
 
+async def test_data_for_refused_ports_does_not_fill_the_connection(streaming: StreamServer) -> None:
+    """Nobody will take it, so it is thrown away."""
+    async with closing(await SpdyClient.upgrade(await forwarded(streaming, double), "portforward.k8s.io")) as client:
+        for number in range(10):
+            data = await client.open("data", port="9999", requestid=str(number))
+            await client.send(data, bytes(200_000))
+            error = await client.open("error", port="9999", requestid=str(number))
+            assert await client.all_of(error) == b"cannot connect to port 9999"
+        await client.open("error", port="80", requestid="ok")
+        data = await client.open("data", port="80", requestid="ok")
+        await client.send(data, bytes(1_000_000), fin=True)
+        assert len(await client.all_of(data)) == 2_000_002
+
+
 async def test_pairs_without_request_ids(streaming: StreamServer) -> None:
     """Old clients: the data stream follows the error stream."""
     async with closing(await SpdyClient.upgrade(await forwarded(streaming, double), "portforward.k8s.io")) as client:
