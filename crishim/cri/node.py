@@ -146,7 +146,7 @@ def _warn(node: Node) -> None:
     if not os.access(node.config.runtime.holder, os.X_OK):
         _log.warning("runtime.holder %s is not an executable file: no pod can share PIDs", node.config.runtime.holder)
     defaults = ImageSettings()
-    for key in ("registries_conf", "certs_dir", "policy", "auth_file"):
+    for key in ("registries_conf", "policy", "auth_file"):
         path = getattr(node.config.image, key)
         if path and path != getattr(defaults, key) and not os.path.exists(path):
             _log.warning("image.%s %s does not exist", key, path)

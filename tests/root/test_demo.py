@@ -118,8 +118,9 @@ def test_failed_demo_says_why() -> None:
     command = [*DEMO, "--runtime-conmon", "/nonexistent/conmon"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "The demo failed: CreateContainer: cannot start /nonexistent/conmon" in done.stdout
-    assert "[CreateContainer " in done.stdout.partition("The daemon's last words:")[2]
+    reason = "runtime.conmon /nonexistent/conmon is not an executable file"
+    assert f"The demo failed: RuntimeNotReady: {reason}" in done.stdout
+    assert reason in done.stdout.partition("The daemon's last words:")[2]
     assert "conmon" in done.stdout.partition("What crishim check finds wrong:")[2]
     assert new_traces(before) == set()
 

@@ -93,7 +93,7 @@ class Story:
         await self._take_away(pod, container, name)
 
     async def _ask(self) -> None:
-        with self._tell.step("Asking who it is") as result:
+        with self._tell.step("Asking for its name") as result:
             version = await self._client.call("Version")
             result(f"{version.runtime_name} {version.runtime_version}, CRI {version.runtime_api_version}")
         with self._tell.step("Asking whether it is ready") as result:
