@@ -11,7 +11,7 @@ import pytest
 from crishim.cri.api import api_pb2 as pb
 from root.harness.client import CALL_SECONDS, Cri, container_config, refused, sleeping, unique
 from root.harness.images import busybox
-from root.harness.registry import Registry
+from root.harness.registry import FakeRegistry, Login, Registry
 
 
 async def test_tags_pulled_at_the_same_time_are_all_known(cri: Cri, registry: Registry) -> None:
@@ -99,3 +99,28 @@ exit 0""",
         refuse.unlink()
         await cri.remove_pod(again)
     await asyncio.to_thread(daemon.restart)  # the next daemon asks at once, and forgets the pod when it is answered
+
+
+async def test_credentials_are_not_for_mirrors(cri: Cri, fake_registry: FakeRegistry) -> None:
+    """What the caller gives is for the registry that it names; a mirror, here even without TLS, never sees it."""
+    fake_registry.login = Login("a-token", "user", "secret")
+    fake_registry.put("mirror/app", busybox(), "v1")
+    conf = cri.daemon.registries_conf
+    before = conf.read_text()
+    conf.write_text(
+        f"""{before}
+[[registry]]
+prefix = "secure.test/team"
+location = "127.0.0.1:1/nobody/listens/here"
+[[registry.mirror]]
+location = "{fake_registry.host}/mirror"
+insecure = true
+"""
+    )
+    try:
+        with refused(grpc.StatusCode.UNKNOWN, "RegistryUnavailable: "):
+            await cri.pull("secure.test/team/app:v1", pb.AuthConfig(username="user", password="secret"))
+    finally:
+        conf.write_text(before)
+    assert fake_registry.seen
+    assert fake_registry.login.basic not in [request.authorization for request in fake_registry.seen]
