@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
 from crishim.cri import container_verbs, image_verbs, messages, sandbox_verbs, stats_verbs
 from crishim.cri.api import api_pb2 as pb
-from crishim.cri.node import Node, StreamVerb
+from crishim.cri.node import Node, StreamVerb, Verb
 from crishim.errors import ResourceExhausted
 from crishim.state.events import Event, EventKind
 
@@ -44,47 +45,56 @@ def parts(items: list[M]) -> Iterator[list[M]]:
         yield part
 
 
-async def stream_pod_sandboxes(
-    node: Node, request: pb.StreamPodSandboxesRequest
-) -> AsyncIterator[pb.StreamPodSandboxesResponse]:
-    """ListPodSandbox in parts."""
-    found = await sandbox_verbs.list_pod_sandbox(node, pb.ListPodSandboxRequest(filter=request.filter))
-    for part in parts(list(found.items)):
-        yield pb.StreamPodSandboxesResponse(pod_sandboxes=part)
+@dataclass(frozen=True)
+class _Listing:
+    """A unary list and the stream that says the same: their messages, and where these have their items."""
+
+    verb: Verb
+    request: type[Message]
+    items: str
+    part: type[Message]
+    field: str
+
+    async def stream(self, node: Node, request: Any) -> AsyncIterator[Message]:
+        """The list in parts."""
+        found = await self.verb(node, self.request(filter=request.filter))
+        for part in parts(list(getattr(found, self.items))):
+            yield self.part(**{self.field: part})
 
 
-async def stream_containers(
-    node: Node, request: pb.StreamContainersRequest
-) -> AsyncIterator[pb.StreamContainersResponse]:
-    """ListContainers in parts."""
-    found = await container_verbs.list_containers(node, pb.ListContainersRequest(filter=request.filter))
-    for part in parts(list(found.containers)):
-        yield pb.StreamContainersResponse(containers=part)
-
-
-async def stream_images(node: Node, request: pb.StreamImagesRequest) -> AsyncIterator[pb.StreamImagesResponse]:
-    """ListImages in parts."""
-    found = await image_verbs.list_images(node, pb.ListImagesRequest(filter=request.filter))
-    for part in parts(list(found.images)):
-        yield pb.StreamImagesResponse(images=part)
-
-
-async def stream_container_stats(
-    node: Node, request: pb.StreamContainerStatsRequest
-) -> AsyncIterator[pb.StreamContainerStatsResponse]:
-    """ListContainerStats in parts."""
-    found = await stats_verbs.list_container_stats(node, pb.ListContainerStatsRequest(filter=request.filter))
-    for part in parts(list(found.stats)):
-        yield pb.StreamContainerStatsResponse(container_stats=part)
-
-
-async def stream_pod_sandbox_stats(
-    node: Node, request: pb.StreamPodSandboxStatsRequest
-) -> AsyncIterator[pb.StreamPodSandboxStatsResponse]:
-    """ListPodSandboxStats in parts."""
-    found = await stats_verbs.list_pod_sandbox_stats(node, pb.ListPodSandboxStatsRequest(filter=request.filter))
-    for part in parts(list(found.stats)):
-        yield pb.StreamPodSandboxStatsResponse(pod_sandbox_stats=part)
+_LISTINGS = {
+    "StreamPodSandboxes": _Listing(
+        sandbox_verbs.list_pod_sandbox,
+        pb.ListPodSandboxRequest,
+        "items",
+        pb.StreamPodSandboxesResponse,
+        "pod_sandboxes",
+    ),
+    "StreamContainers": _Listing(
+        container_verbs.list_containers,
+        pb.ListContainersRequest,
+        "containers",
+        pb.StreamContainersResponse,
+        "containers",
+    ),
+    "StreamImages": _Listing(
+        image_verbs.list_images, pb.ListImagesRequest, "images", pb.StreamImagesResponse, "images"
+    ),
+    "StreamContainerStats": _Listing(
+        stats_verbs.list_container_stats,
+        pb.ListContainerStatsRequest,
+        "stats",
+        pb.StreamContainerStatsResponse,
+        "container_stats",
+    ),
+    "StreamPodSandboxStats": _Listing(
+        stats_verbs.list_pod_sandbox_stats,
+        pb.ListPodSandboxStatsRequest,
+        "stats",
+        pb.StreamPodSandboxStatsResponse,
+        "pod_sandbox_stats",
+    ),
+}
 
 
 async def get_container_events(node: Node, _request: pb.GetEventsRequest) -> AsyncIterator[pb.ContainerEventResponse]:
@@ -121,10 +131,6 @@ def _message(node: Node, event: Event) -> pb.ContainerEventResponse:
 
 
 STREAM_VERBS: dict[str, StreamVerb] = {
-    "StreamPodSandboxes": stream_pod_sandboxes,
-    "StreamContainers": stream_containers,
-    "StreamImages": stream_images,
-    "StreamContainerStats": stream_container_stats,
-    "StreamPodSandboxStats": stream_pod_sandbox_stats,
+    **{name: listing.stream for name, listing in _LISTINGS.items()},
     "GetContainerEvents": get_container_events,
 }

@@ -71,6 +71,9 @@ async def test_streams_say_what_lists_say(cri: Cri, image: str) -> None:
     assert containers == await cri.containers()
     assert images == await cri.image_list()
     assert container in [item.attributes.id for item in stats]
+    call = cri.runtime.StreamPodSandboxStats(pb.StreamPodSandboxStatsRequest())
+    pod_stats = [item async for part in call for item in part.pod_sandbox_stats]
+    assert [item.attributes.id for item in pod_stats] == [item.id for item in pods]
 
 
 async def test_statistics_follow_the_container(cri: Cri, image: str) -> None:
