@@ -7,7 +7,7 @@ import logging
 import secrets
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import msgspec
@@ -56,14 +56,14 @@ async def create(room: Room, pod: Callable[[], SandboxRecord], config: Container
     made = room.table.find(room.undelivered.get(name, ""))
     if made is None or made.record.state is not ContainerState.CREATED or made.record.config != config:
         key = ("create", name, msgspec.json.encode(config))
-        container_id = await room.operations.join(key, lambda: _create(room, pod, config))
+        container_id = await room.operations.join(key, lambda: _create(room, pod, config, key))
     else:
         container_id = made.record.id
     room.undelivered.pop(name, None)
     return container_id
 
 
-async def _create(room: Room, pod: Callable[[], SandboxRecord], config: ContainerConfig) -> str:
+async def _create(room: Room, pod: Callable[[], SandboxRecord], config: ContainerConfig, operation: Hashable) -> str:
     await _old_one_gone(room, pod().id, config)
     sandbox = pod()
     if sandbox.state is not SandboxState.READY:
@@ -73,10 +73,9 @@ async def _create(room: Room, pod: Callable[[], SandboxRecord], config: Containe
     if image is None:
         raise NotFound(f"image {config.image.image!r} is not here: pull it first")
     record = _new_record(room, sandbox, config, image)
-    container = Container(record)
+    container = Container(record, made_by=operation)
     # nothing was awaited since the looks at sandbox and image: from now on both know of the container
     room.table.add(container)
-    container.maker = asyncio.current_task()
     try:
         await room.store.add_container(record)
         with container.timeline.recording():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 from crishim.errors import NotFound
@@ -22,8 +22,8 @@ class Container:
     exited: asyncio.Event = field(default_factory=asyncio.Event)
     handle: ProcessHandle | None = None
     """Its first process, while it runs; closed by the one who waits for the end."""
-    maker: asyncio.Task[object] | None = None
-    """The operation that creates it, while it does."""
+    made_by: Hashable = None
+    """The key of the operation that creates it; None if an earlier daemon did."""
     watcher: asyncio.Task[None] | None = None
     kill_timer: asyncio.TimerHandle | None = None
     killed: bool = False

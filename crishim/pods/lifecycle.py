@@ -61,10 +61,8 @@ async def _stop(room: Room, sandbox: Sandbox) -> None:
 
 async def _stop_containers(room: Room, sandbox: Sandbox) -> None:
     for container in room.containers.table.of_sandbox(sandbox.record.id):
-        maker = container.maker
-        if container.record.state is ContainerState.CREATING and maker is not None and not maker.done():
-            maker.cancel()
-            await asyncio.wait([maker])
+        if container.record.state is ContainerState.CREATING:
+            await room.containers.operations.finished(container.made_by, cancel=True)
     running = room.containers.table.of_sandbox(sandbox.record.id)
     await _all(*(containers.stop(room.containers, container, STOP_CONTAINER_SECONDS) for container in running))
 
